@@ -1,0 +1,132 @@
+"""Every configuration key that the library adds to Detectron2's, with its meaning.
+
+Defaults reproduce plain Detectron2: a config without any of these keys trains as it always did.
+Projects add their own nodes below ``KD`` in their own ``config.py``.
+"""
+
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg as _get_d2_cfg
+
+from kd_d2.modeling.config import add_modeling_config
+
+__all__ = ["add_kd_config", "add_schedule_config", "get_cfg"]
+
+
+def add_schedule_config(node: CN) -> None:
+    """Add ``SCHEDULE`` to a distiller's node; see :mod:`kd_d2.distillation.schedule`."""
+    node.SCHEDULE = CN()
+    # First iteration (0-based) at which the distiller is active.
+    node.SCHEDULE.START_ITER = 0
+    # First iteration at which it no longer is; -1: active until SOLVER.MAX_ITER.
+    node.SCHEDULE.END_ITER = -1
+    # The factor grows linearly from 0 to 1 over this many iterations after START_ITER.
+    node.SCHEDULE.WARMUP_ITERS = 0
+    # Decay of the factor between the end of the warm-up and END_ITER (or SOLVER.MAX_ITER):
+    # "none" (1 throughout), "linear" (1 -> 0) or "cosine" (1 -> 0, half a period).
+    node.SCHEDULE.DECAY = "none"
+
+
+def add_kd_config(cfg: CN) -> None:
+    """Add the nodes of the library (mechanism, detectors, baselines, data) to ``cfg``."""
+    add_modeling_config(cfg)
+    _add_solver_and_data(cfg)
+
+    cfg.KD = CN()
+    # False: plain Detectron2 training of the same YAML, no teacher is built or read.
+    cfg.KD.ENABLED = False
+    # Names in DISTILLER_REGISTRY, e.g. ("CrossKD", "PKD"). Each reads its own node KD.<NAME>.
+    cfg.KD.DISTILLERS = ()
+    # Python modules imported before anything is built, so that they can register classes and
+    # add their nodes (a function ``add_config(cfg)`` in the module is called with the config).
+    # Dotted module names, or paths of .py files relative to the config file.
+    cfg.KD.IMPORTS = ()
+
+    cfg.KD.TEACHER = CN()
+    # Name in TEACHER_REGISTRY.
+    cfg.KD.TEACHER.TYPE = "DetectorTeacher"
+    # The teacher's own config, relative to the file given by --config-file; merged into a fresh
+    # default config, so nothing of the student's leaks into the teacher.
+    cfg.KD.TEACHER.CONFIG_FILE = ""
+    # Checkpoint of the teacher. Empty is an error when a distiller needs a teacher.
+    cfg.KD.TEACHER.WEIGHTS = ""
+    # Key-value pairs merged last into the teacher's config.
+    cfg.KD.TEACHER.OPTS = ()
+    # Go on although keys of the teacher are missing from its checkpoint, unexpected or of
+    # another shape. Whatever is missing stays at its random initialisation.
+    cfg.KD.TEACHER.ALLOW_KEY_MISMATCH = False
+    # Go on although the teacher's class names or their order differ from the student's.
+    cfg.KD.TEACHER.ALLOW_CLASS_MISMATCH = False
+    # Go on with an empty WEIGHTS, i.e. with a randomly initialised teacher.
+    cfg.KD.TEACHER.ALLOW_UNTRAINED = False
+
+    cfg.KD.INIT_STUDENT = CN()
+    # Parameters and buffers whose name starts with one of these prefixes are copied from the
+    # teacher after MODEL.WEIGHTS was loaded ("inheriting", head transfer). Not on --resume.
+    cfg.KD.INIT_STUDENT.PREFIXES = ()
+    # The copied parameters are not trained.
+    cfg.KD.INIT_STUDENT.FREEZE = False
+
+    # Multiplies SOLVER.BASE_LR for the parameters of distillers (adapters, projections).
+    cfg.KD.ADAPTER_LR_FACTOR = 1.0
+    # find_unused_parameters of DistributedDataParallel; only elastic super-networks need True.
+    cfg.KD.DDP_FIND_UNUSED = False
+    # Evaluate the teacher on DATASETS.TEST before training: "never", "sample" or "full".
+    cfg.KD.EVAL_TEACHER = "never"
+    # Number of images of each data set that "sample" looks at.
+    cfg.KD.EVAL_TEACHER_IMAGES = 100
+    # Every so many iterations log |d L_kd / d pyramid| / |d L_det / d pyramid| per distiller,
+    # at the cost of extra backward passes. 0: never.
+    cfg.KD.GRAD_RATIO_PERIOD = 0
+    # Stop on all ranks when a distillation term is NaN or infinite, naming it.
+    cfg.KD.CHECK_FINITE = True
+    # Warn once when an active term has been exactly 0 for this many iterations in a row. 0: never.
+    cfg.KD.ZERO_WARNING_ITERS = 50
+    # Load checkpoints with full pickle and YAML with arbitrary Python tags. Only for files whose
+    # origin you trust as much as a program you run.
+    cfg.KD.ALLOW_UNSAFE_LOAD = False
+
+    _add_baselines(cfg)
+
+
+def _add_baselines(cfg: CN) -> None:
+    # PKD (Cao et al., NeurIPS 2022): imitation of features standardised per channel.
+    cfg.KD.PKD = CN()
+    # Keys of the student and the teacher that are paired, one loss per entry, summed.
+    # "neck": all pyramid levels; "cls", "reg": output of the last tower stage of that branch.
+    cfg.KD.PKD.LOCATIONS = ("neck",)
+    # Weight of the summed loss; 6.0 is CrossKD's official value for GFL.
+    cfg.KD.PKD.WEIGHT = 6.0
+    # Resize the student's maps bilinearly when sizes differ; False: differing sizes are an error.
+    cfg.KD.PKD.RESIZE = True
+    add_schedule_config(cfg.KD.PKD)
+
+
+def _add_solver_and_data(cfg: CN) -> None:
+    # Clip the gradient norm over all parameters together instead of each parameter by itself
+    # (Detectron2's behaviour). Applies when SOLVER.CLIP_GRADIENTS.ENABLED and CLIP_TYPE "norm".
+    cfg.SOLVER.CLIP_GRADIENTS.FULL_MODEL = False
+    # Type of the autocast region when SOLVER.AMP.ENABLED: "float16" or "bfloat16".
+    cfg.SOLVER.AMP.PRECISION = "float16"
+    # What a training image that cannot be read or mapped does: "skip" takes another image,
+    # counts and warns; "stop" raises.
+    cfg.DATALOADER.BAD_IMAGE = "skip"
+    # With "skip", stop all the same once this fraction of the requested images was bad.
+    cfg.DATALOADER.MAX_BAD_FRACTION = 0.1
+    # Embedded data set "digit-scenes"; see kd_d2.data.digit_scenes.
+    cfg.DATASETS.DIGIT_SCENES = CN()
+    cfg.DATASETS.DIGIT_SCENES.NUM_TRAIN = 1500
+    cfg.DATASETS.DIGIT_SCENES.NUM_VAL = 300
+    # Side of the square scenes, pixels.
+    cfg.DATASETS.DIGIT_SCENES.IMAGE_SIZE = 128
+    # Smallest and largest side of a pasted digit, pixels.
+    cfg.DATASETS.DIGIT_SCENES.DIGIT_SIZE = (20, 64)
+    # Fewest and most digits of a scene.
+    cfg.DATASETS.DIGIT_SCENES.DIGITS_PER_IMAGE = (1, 6)
+    cfg.DATASETS.DIGIT_SCENES.SEED = 0
+
+
+def get_cfg() -> CN:
+    """Detectron2's default config with the nodes of this library (not those of projects)."""
+    cfg = _get_d2_cfg()
+    add_kd_config(cfg)
+    return cfg
