@@ -1,0 +1,190 @@
+"""The module that is trained: a student and its distillers, with a teacher held aside."""
+
+import logging
+from typing import Any, Dict, List, Mapping, Optional
+
+import torch
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from .context import DistillationContext, StudentView
+from .distiller import Distiller
+from .schedule import LossSchedule
+from .taps import build_tap
+from .teacher import Teacher
+
+__all__ = ["KDModel"]
+
+logger = logging.getLogger(__name__)
+
+
+class KDModel(nn.Module):
+    """Adds distillation losses to a detector's own losses.
+
+    The student's training forward runs unmodified while a recorder observes it; distillers then
+    compare what was recorded with the teacher. In eval mode, or without gradients (PreciseBN),
+    this is ``student(batched_inputs)``.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        distillers: Mapping[str, Distiller],
+        teacher: Optional[Teacher],
+        schedules: Optional[Mapping[str, LossSchedule]] = None,
+        grad_ratio_period: int = 0,
+        zero_warning_iters: int = 0,
+    ):
+        """
+        Args:
+            student: a detector of a family that has a tap.
+            distillers: label -> distiller.
+            teacher: a plain object, never a ``nn.Module``; None if no distiller needs one.
+            schedules: label -> schedule; a label without one is always fully active.
+            grad_ratio_period: every so many iterations log the gradient norm of each
+                distiller's loss at the pyramid relative to the detection losses'. 0: never.
+            zero_warning_iters: warn once when an active term was exactly 0 this often in a row.
+
+        Raises:
+            ValueError: a distiller needs a teacher and there is none, a key that its side does
+                not have, or the teacher is a module.
+        """
+        super().__init__()
+        if isinstance(teacher, nn.Module):
+            raise ValueError("the teacher must not be a nn.Module: it would be trained and saved")
+        self.student = student
+        self.distillers = nn.ModuleDict(distillers)
+        self.teacher = teacher
+        self.tap = build_tap(student)
+        self.schedules = dict(schedules or {})
+        self.grad_ratio_period = grad_ratio_period
+        self.zero_warning_iters = zero_warning_iters
+        self._zeros_in_a_row: Dict[str, int] = {}
+
+        for label, distiller in self.distillers.items():
+            if distiller.needs_teacher and teacher is None:
+                raise ValueError(f"distiller '{label}' needs a teacher, but there is none")
+        # the padded size is the size of the backbone's input, hence "backbone" is always observed
+        needs = {"path:backbone"}.union(*(d.student_needs for d in self.distillers.values()))
+        self._student_needs = sorted(needs)
+        self._teacher_needs = sorted(
+            set().union(*(d.teacher_needs for d in self.distillers.values()))
+        )
+        self.tap.checked(student, self._student_needs)
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    def forward(self, batched_inputs: List[Dict[str, Any]]):
+        """
+        Args:
+            batched_inputs: Detectron2's list of dicts.
+
+        Returns:
+            In training, the student's losses plus ``loss_kd/<label>/<term>`` for every term, the
+            same keys in every step; otherwise the student's detections.
+        """
+        if not self.training or not torch.is_grad_enabled():
+            return self.student(batched_inputs)
+        with self.tap.observe(self.student, self._student_needs) as observation:
+            losses = self.student(batched_inputs)
+        iteration = get_event_storage().iter
+        ctx = self._context(batched_inputs, observation, iteration)
+        kd_losses = {}
+        for label, distiller in self.distillers.items():
+            for term, value in self._run(label, distiller, ctx, losses).items():
+                kd_losses[f"loss_kd/{label}/{term}"] = value
+        self._log_raw(ctx.raw)
+        if self.grad_ratio_period and iteration % self.grad_ratio_period == 0:
+            self._log_gradient_ratios(losses, kd_losses, observation)
+        return {**losses, **kd_losses}
+
+    def _context(self, batched_inputs, observation, iteration) -> DistillationContext:
+        device = self.student.device
+        gt_instances = [x["instances"].to(device) for x in batched_inputs]
+        observation.gt_instances = gt_instances
+        padded_size = tuple(observation.single("backbone").inputs[0].shape[-2:])
+        teacher = None
+        if self.teacher is not None:
+            teacher = _LazyTeacher(
+                lambda: self.teacher.start(
+                    batched_inputs, padded_size, self._teacher_needs, gt_instances
+                )
+            )
+        return DistillationContext(
+            batched_inputs=batched_inputs,
+            gt_instances=gt_instances,
+            padded_size=padded_size,
+            student=StudentView(observation),
+            teacher=teacher,
+            iteration=iteration,
+        )
+
+    def _run(self, label, distiller, ctx, losses) -> Dict[str, torch.Tensor]:
+        schedule = self.schedules.get(label)
+        factor = 1.0 if schedule is None else schedule(ctx.iteration)
+        get_event_storage().put_scalar(f"kd_factor/{label}", factor)
+        if factor == 0.0:
+            return distiller.inactive(next(iter(losses.values())))
+        terms = distiller(ctx)
+        return {term: factor * value for term, value in terms.items()} if factor != 1.0 else terms
+
+    def _log_raw(self, raw: Dict[str, torch.Tensor]) -> None:
+        """Log unweighted values; warn about a term that stays exactly zero: it teaches nothing."""
+        if not raw:
+            return
+        # one transfer for all terms: each would wait for the device by itself
+        values = torch.stack([value.float() for value in raw.values()]).tolist()
+        for name, value in zip(raw, values):
+            get_event_storage().put_scalar(f"kd_raw/{name}", value)
+            count = self._zeros_in_a_row.get(name, 0) + 1 if value == 0.0 else 0
+            self._zeros_in_a_row[name] = count
+            if self.zero_warning_iters and count == self.zero_warning_iters:
+                logger.warning(
+                    f"loss_kd/{name} has been exactly 0 for {count} active iterations in a row: "
+                    "it does not teach anything; check its region, weight and taps"
+                )
+
+    def _log_gradient_ratios(self, losses, kd_losses, observation) -> None:
+        """Log |d L_kd / d pyramid| / |d L_det / d pyramid| per distiller.
+
+        Gradients with respect to activations do not reach any parameter, hence not DDP's hooks.
+        """
+        pyramid = observation.single("backbone").output
+        features = [f for f in pyramid.values() if f.requires_grad]
+        if not features:
+            return
+        detection = _gradient_norm(sum(losses.values()), features)
+        for label in self.distillers:
+            prefix = f"loss_kd/{label}/"
+            total = sum(v for k, v in kd_losses.items() if k.startswith(prefix))
+            ratio = _gradient_norm(total, features) / max(detection, 1e-12)
+            get_event_storage().put_scalar(f"kd_grad_ratio/{label}", ratio)
+
+
+def _gradient_norm(loss: torch.Tensor, inputs: List[torch.Tensor]) -> float:
+    if not loss.requires_grad:
+        return 0.0
+    grads = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+    return float(sum((g.float() ** 2).sum() for g in grads if g is not None)) ** 0.5
+
+
+class _LazyTeacher:
+    """Starts the teacher at its first use: a step without active distillers costs nothing."""
+
+    def __init__(self, start):
+        self._start = start
+        self._run = None
+
+    def _started(self):
+        if self._run is None:
+            self._run = self._start()
+        return self._run
+
+    def __getitem__(self, key):
+        return self._started()[key]
+
+    def __getattr__(self, name):
+        return getattr(self._started(), name)

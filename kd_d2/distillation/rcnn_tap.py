@@ -1,0 +1,256 @@
+"""Tap of two-stage detectors: ``GeneralizedRCNN`` with FPN, Cascade or C4 RoI heads."""
+
+from typing import Any, Dict, Iterable, List, Set
+
+import torch
+from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.utils.registry import Registry
+
+from .taps import KD_TAPS, Key, KeyInfo, Tap, TapStore
+
+__all__ = ["BOX_BRANCHES", "RCNNTap", "label_boxes"]
+
+_ROI = ("feat", "embed", "cls", "box")
+
+
+@torch.no_grad()
+def label_boxes(
+    boxes: List[Boxes], targets: List[Instances], matcher, num_classes: int, image_sizes
+) -> List[Instances]:
+    """Match given boxes with ground truth as Detectron2's RoI heads do, without sampling.
+
+    Returns:
+        list[Instances]: ``proposal_boxes``, ``gt_classes`` (background is ``num_classes``) and
+        ``gt_boxes`` (zeros for an image without ground truth).
+    """
+    result = []
+    for boxes_i, targets_i, size in zip(boxes, targets, image_sizes):
+        matched, labels = matcher(pairwise_iou(targets_i.gt_boxes, boxes_i))
+        instances = Instances(size, proposal_boxes=boxes_i)
+        if len(targets_i) > 0:
+            gt_classes = targets_i.gt_classes[matched].clone()
+            gt_classes[labels == 0] = num_classes
+            gt_classes[labels == -1] = -1
+            instances.gt_boxes = targets_i.gt_boxes[matched]
+        else:
+            gt_classes = torch.full_like(matched, num_classes)
+            instances.gt_boxes = Boxes(boxes_i.tensor.new_zeros((len(boxes_i), 4)))
+        instances.gt_classes = gt_classes
+        result.append(instances)
+    return result
+
+
+class _BoxBranchRegistry(Registry):
+    def register_for(self, roi_heads: type):
+        def register(branch: type) -> type:
+            self._do_register(roi_heads.__name__, branch)
+            return branch
+
+        return register
+
+
+BOX_BRANCHES = _BoxBranchRegistry("BOX_BRANCHES")
+BOX_BRANCHES.__doc__ = "Module names of the box branch, by RoI-head class, searched along bases."
+
+
+def _box_branch(model):
+    for cls in type(model.roi_heads).__mro__:
+        if cls.__name__ in BOX_BRANCHES:
+            return BOX_BRANCHES.get(cls.__name__)()
+    known = ", ".join(sorted(name for name, _ in BOX_BRANCHES))
+    raise ValueError(
+        f"no box branch for RoI heads {type(model.roi_heads).__name__}; known families: {known}"
+    )
+
+
+@BOX_BRANCHES.register_for(StandardROIHeads)
+class _StandardBranch:
+    """One pooler, one box head, one predictor; the sampled proposals are returned."""
+
+    pooler_path = "roi_heads.box_pooler"
+    features_attribute = "box_in_features"
+
+    def num_stages(self, model) -> int:
+        return 1
+
+    def modules(self, model, stage: int):
+        """Return (pooler, box head, predictor) of ``stage``."""
+        heads = model.roi_heads
+        return heads.box_pooler, heads.box_head, heads.box_predictor
+
+    def predictor_path(self, stage: int) -> str:
+        return "roi_heads.box_predictor"
+
+    def proposal_paths(self, stage: int) -> Set[str]:
+        return {"roi_heads"}
+
+    def read_proposals(self, store: TapStore, stage: int) -> List[Instances]:
+        return store.single("roi_heads").output[0]
+
+    def pooled(self, store: TapStore, stage: int) -> torch.Tensor:
+        return store.calls(self.pooler_path)[stage].output
+
+    def embed(self, head, pooled: torch.Tensor) -> torch.Tensor:
+        return head(pooled)
+
+
+@BOX_BRANCHES.register_for(CascadeROIHeads)
+class _CascadeBranch(_StandardBranch):
+    """One pooler called once a stage; its inputs hold the boxes of every stage."""
+
+    def num_stages(self, model):
+        return model.roi_heads.num_cascade_stages
+
+    def modules(self, model, stage):
+        heads = model.roi_heads
+        return heads.box_pooler, heads.box_head[stage], heads.box_predictor[stage]
+
+    def predictor_path(self, stage):
+        return f"roi_heads.box_predictor.{stage}"
+
+    def proposal_paths(self, stage):
+        return {"roi_heads"} if stage == 0 else {self.pooler_path, "roi_heads"}
+
+    def read_proposals(self, store, stage):
+        sampled = super().read_proposals(store, 0)
+        if stage == 0:
+            return sampled
+        heads = store.model.roi_heads
+        boxes = store.calls(self.pooler_path)[stage].inputs[1]
+        sizes = [p.image_size for p in sampled]
+        matcher = heads.proposal_matchers[stage]
+        return label_boxes(boxes, store.gt_instances, matcher, heads.num_classes, sizes)
+
+
+@BOX_BRANCHES.register_for(Res5ROIHeads)
+class _C4Branch(_StandardBranch):
+    """Pooler, then the res5 stage, averaged; sampled proposals are not returned."""
+
+    pooler_path = "roi_heads.pooler"
+    features_attribute = "in_features"
+
+    def modules(self, model, stage):
+        heads = model.roi_heads
+        return heads.pooler, heads.res5, heads.box_predictor
+
+    def proposal_paths(self, stage):
+        return {self.pooler_path}
+
+    def read_proposals(self, store, stage):
+        heads = store.model.roi_heads
+        boxes = store.single(self.pooler_path).inputs[1]
+        sizes = [gt.image_size for gt in store.gt_instances]
+        return label_boxes(
+            boxes, store.gt_instances, heads.proposal_matcher, heads.num_classes, sizes
+        )
+
+    def embed(self, head, pooled):
+        return head(pooled).mean(dim=[2, 3])
+
+
+@KD_TAPS.register_for(GeneralizedRCNN)
+class RCNNTap(Tap):
+    """``GeneralizedRCNN`` with ``StandardROIHeads``, ``CascadeROIHeads`` or ``Res5ROIHeads``.
+
+    The RoI keys of an observed student belong to the proposals it sampled itself; for a teacher
+    they are computed for given boxes by :meth:`run_rois`. All stages of a cascade teacher see the
+    same given boxes; which of them to use is the distiller's decision.
+    """
+
+    def keys(self, model):
+        result = self.trunk_keys(model)
+        shapes = model.backbone.output_shape()
+        rpn = model.proposal_generator
+        strides = tuple(shapes[f].stride for f in rpn.in_features)
+        result["rpn.obj"] = KeyInfo(rpn.rpn_head.objectness_logits.out_channels, strides)
+        result["rpn.box"] = KeyInfo(rpn.rpn_head.anchor_deltas.out_channels, strides)
+        branch = _box_branch(model)
+        for stage in range(branch.num_stages(model)):
+            pooler, _, predictor = branch.modules(model, stage)
+            level = getattr(model.roi_heads, branch.features_attribute)[0]
+            codec = (tuple(predictor.box2box_transform.weights),)
+            infos = {
+                "roi.feat": KeyInfo(shapes[level].channels, (), tuple(pooler.output_size)),
+                "roi.embed": KeyInfo(predictor.cls_score.in_features),
+                "roi.cls": KeyInfo(predictor.cls_score.out_features),
+                "roi.box": KeyInfo(predictor.bbox_pred.out_features, (), codec),
+                "proposals": KeyInfo(),
+            }
+            for name, info in infos.items():
+                result[f"{name}[{stage}]"] = info
+                if stage == 0:
+                    result[name] = info
+        return result
+
+    def paths(self, model, keys: Iterable[Key]) -> Set[str]:
+        branch, result = _box_branch(model), set()
+        for key in keys:
+            stage = key.index or 0
+            if key.group == "path":
+                result.add(key.name)
+            elif key.group in ("backbone", "neck"):
+                result |= self.trunk_paths(model, key)
+            elif key.group == "rpn":
+                result.add("proposal_generator.rpn_head")
+            elif key.group == "proposals":
+                result |= branch.proposal_paths(stage)
+            elif key.group == "roi":
+                feat = key.name == "feat"
+                result.add(branch.pooler_path if feat else branch.predictor_path(stage))
+        return result
+
+    def read(self, store: TapStore, key: Key) -> Any:
+        branch, stage = _box_branch(store.model), key.index or 0
+        if key.group in ("backbone", "neck"):
+            return self.read_trunk(store, key)
+        if key.group == "path":
+            return [call.output for call in store.calls(key.name)]
+        if key.group == "rpn":
+            output = store.single("proposal_generator.rpn_head").output
+            return list(output[("obj", "box").index(key.name)])
+        if key.group == "proposals":
+            return branch.read_proposals(store, stage)
+        if key.name == "feat":
+            return branch.pooled(store, stage)
+        call = store.single(branch.predictor_path(stage))
+        if key.name == "embed":
+            return call.inputs[0]
+        return call.output[("cls", "box").index(key.name)]
+
+    def stage(self, path: str) -> str:
+        first = path.split(".")[0]
+        if first == "backbone":
+            return "trunk"
+        if first == "proposal_generator":
+            return "rpn"
+        raise ValueError(
+            f"module '{path}' of a two-stage teacher runs on given boxes only: use "
+            "teacher.run(keys, boxes) with roi.* keys"
+        )
+
+    def run_stage(self, model, stage, features):
+        rpn = model.proposal_generator
+        rpn.rpn_head([features[f] for f in rpn.in_features])
+
+    def run_rois(self, model, features, boxes: List[Boxes], keys: List[Key]) -> Dict[str, Any]:
+        """Return ``roi.*`` values of the given boxes (images in order, rows as in ``boxes``)."""
+        branch = _box_branch(model)
+        names = getattr(model.roi_heads, branch.features_attribute)
+        levels = [features[name] for name in names]
+        result: Dict[str, Any] = {}
+        for stage in sorted({key.index or 0 for key in keys}):
+            wanted = {key.name for key in keys if (key.index or 0) == stage}
+            pooler, head, predictor = branch.modules(model, stage)
+            values = {"feat": pooler(levels, boxes)}
+            if wanted - {"feat"}:
+                values["embed"] = branch.embed(head, values["feat"])
+            if wanted & {"cls", "box"}:
+                values["cls"], values["box"] = predictor(values["embed"])
+            for name in _ROI:
+                if name in values:
+                    result[f"roi.{name}[{stage}]"] = values[name]
+                    if stage == 0:
+                        result[f"roi.{name}"] = values[name]
+        return result
