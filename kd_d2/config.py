@@ -122,6 +122,17 @@ def _add_solver_and_data(cfg: CN) -> None:
     cfg.DATASETS.DIGIT_SCENES.DIGIT_SIZE = (20, 64)
     # Fewest and most digits of a scene.
     cfg.DATASETS.DIGIT_SCENES.DIGITS_PER_IMAGE = (1, 6)
+    # Largest rotation of a digit to either side, degrees.
+    cfg.DATASETS.DIGIT_SCENES.ROTATION = 20
+    # Largest part of a digit that others or the border of the image hide, percent of its pixels.
+    cfg.DATASETS.DIGIT_SCENES.MAX_OCCLUSION = 20
+    # Range of the brightest channel of a digit's colour, 0 to 255.
+    cfg.DATASETS.DIGIT_SCENES.BRIGHTNESS = (170, 255)
+    # Range of the distance of the darkest channel from the brightest, percent of the latter.
+    cfg.DATASETS.DIGIT_SCENES.SATURATION = (0, 60)
+    # Range of the factor by which the photographs behind the digits are darkened, percent.
+    cfg.DATASETS.DIGIT_SCENES.BACKGROUND = (15, 50)
+    # Another seed gives other scenes of the same digits.
     cfg.DATASETS.DIGIT_SCENES.SEED = 0
 
 
