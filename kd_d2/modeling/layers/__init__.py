@@ -1,0 +1,22 @@
+"""Parts of detectors that have no configuration of their own."""
+
+from .atss_assigner import ATSSAssigner, atss_threshold
+from .centerness import centerness
+from .distribution import DistributionBox2BoxTransform
+from .paired_iou import paired_iou
+from .reduce import reduce_mean
+from .scale import Scale
+from .score_factor import apply_score_factor
+from .valid_anchors import valid_anchor_mask
+
+__all__ = [
+    "ATSSAssigner",
+    "DistributionBox2BoxTransform",
+    "Scale",
+    "apply_score_factor",
+    "atss_threshold",
+    "centerness",
+    "paired_iou",
+    "reduce_mean",
+    "valid_anchor_mask",
+]
