@@ -3,9 +3,8 @@
 from typing import List, Optional
 
 import torch
-from torch import Tensor
-
 from detectron2.structures import Boxes
+from torch import Tensor
 
 from .paired_iou import paired_iou
 

@@ -3,9 +3,8 @@
 from typing import List, Sequence, Tuple
 
 import torch
-from torch import Tensor
-
 from detectron2.structures import Boxes
+from torch import Tensor
 
 __all__ = ["valid_anchor_mask"]
 

@@ -1,6 +1,7 @@
 """Detectors, in Detectron2's META_ARCH_REGISTRY once this package is imported."""
 
+from .atss import ATSS
 from .dense_head import DenseHead
 from .gfl import GFL
 
-__all__ = ["GFL", "DenseHead"]
+__all__ = ["ATSS", "GFL", "DenseHead"]

@@ -3,13 +3,12 @@
 from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
-from torch import Tensor, nn
-
 from detectron2.layers import batched_nms
 from detectron2.modeling import Backbone, build_backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
 
 from ..layers import ATSSAssigner, valid_anchor_mask
 

@@ -2,13 +2,12 @@
 
 import logging
 import math
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
-from torch import Tensor, nn
-
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, get_norm
+from torch import Tensor, nn
 
 from ..layers import Scale
 
@@ -44,6 +43,7 @@ class DenseHead(nn.Module):
         num_convs: int = 4,
         conv_dim: int = 0,
         norm: str = "GN",
+        conv_bias: Optional[bool] = None,
         prior_prob: float = 0.01,
         centerness_on: str = "none",
         use_scale: bool = True,
@@ -56,7 +56,8 @@ class DenseHead(nn.Module):
             box_dim: numbers that describe a box.
             num_convs: stages per tower, may be 0.
             conv_dim: width of the stages; 0: the channels of the levels.
-            norm: a name of :func:`detectron2.layers.get_norm`, "" for none (then with bias).
+            norm: a name of :func:`detectron2.layers.get_norm`, "" for none.
+            conv_bias: bias in the tower convs; None: only without norm. Without norm always.
             prior_prob: initial score of every class, in (0, 1).
             centerness_on: "none", or the tower that feeds the centerness: "reg" or "cls".
             use_scale: multiply the box predictions by one learnable factor per level.
@@ -89,8 +90,8 @@ class DenseHead(nn.Module):
         self.centerness_on = centerness_on
         self._centerness_branch = _CENTERNESS_BRANCH[centerness_on]
 
-        self.cls_subnet = _tower(in_dim, conv_dim, num_convs, norm)
-        self.bbox_subnet = _tower(in_dim, conv_dim, num_convs, norm)
+        self.cls_subnet = _tower(in_dim, conv_dim, num_convs, norm, conv_bias)
+        self.bbox_subnet = _tower(in_dim, conv_dim, num_convs, norm, conv_bias)
         self.cls_score = nn.Conv2d(last_dim, num_anchors * num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(last_dim, num_anchors * box_dim, 3, padding=1)
         has_centerness = self._centerness_branch is not None
@@ -197,11 +198,13 @@ class DenseHead(nn.Module):
         return outputs
 
 
-def _tower(in_dim: int, conv_dim: int, num_convs: int, norm: str) -> nn.Sequential:
+def _tower(
+    in_dim: int, conv_dim: int, num_convs: int, norm: str, conv_bias: Optional[bool]
+) -> nn.Sequential:
     modules: List[nn.Module] = []
     for stage in range(num_convs):
         dim = conv_dim if stage else in_dim
-        modules.append(nn.Conv2d(dim, conv_dim, 3, padding=1, bias=not norm))
+        modules.append(nn.Conv2d(dim, conv_dim, 3, padding=1, bias=bool(conv_bias) or not norm))
         if norm:
             modules.append(_norm(norm, conv_dim))
         modules.append(nn.ReLU())

@@ -3,13 +3,12 @@
 from typing import Dict, List, Tuple
 
 import torch
-from fvcore.nn import giou_loss
-from torch import Tensor
-
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
+from fvcore.nn import giou_loss
+from torch import Tensor
 
 from kd_d2.losses.distribution import distribution_focal_loss
 from kd_d2.losses.quality_focal import quality_focal_loss
