@@ -4,7 +4,6 @@ import logging
 import math
 from typing import Dict, List, Optional, Tuple
 
-import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, get_norm
 from torch import Tensor, nn
