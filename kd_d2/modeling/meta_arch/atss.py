@@ -1,6 +1,6 @@
 """ATSS detector: one anchor per cell, adaptive assignment, centerness."""
 
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Tuple
 
 import torch
 from detectron2.config import configurable
