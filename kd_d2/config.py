@@ -6,10 +6,17 @@ Projects add their own nodes below ``KD`` in their own ``config.py``.
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as _get_d2_cfg
+from detectron2.utils.registry import Registry
 
 from kd_d2.modeling.config import add_modeling_config
 
-__all__ = ["add_kd_config", "add_schedule_config", "get_cfg"]
+__all__ = ["CONFIG_NODES", "add_kd_config", "add_schedule_config", "get_cfg"]
+
+CONFIG_NODES = Registry("CONFIG_NODES")
+CONFIG_NODES.__doc__ = """
+Functions ``add_xyz_config(cfg)`` of projects and user modules, each adding its own nodes to the
+default config. Importing the module registers the function; :func:`get_cfg` calls all of them.
+"""
 
 
 def add_schedule_config(node: CN) -> None:
@@ -36,9 +43,9 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.ENABLED = False
     # Names in DISTILLER_REGISTRY, e.g. ("CrossKD", "PKD"). Each reads its own node KD.<NAME>.
     cfg.KD.DISTILLERS = ()
-    # Python modules imported before anything is built, so that they can register classes and
-    # add their nodes (a function ``add_config(cfg)`` in the module is called with the config).
-    # Dotted module names, or paths of .py files relative to the config file.
+    # Python modules imported before the config is read, so that they can register classes and
+    # their config nodes (CONFIG_NODES). Dotted names, or paths of .py files relative to the
+    # config file.
     cfg.KD.IMPORTS = ()
 
     cfg.KD.TEACHER = CN()
@@ -137,7 +144,9 @@ def _add_solver_and_data(cfg: CN) -> None:
 
 
 def get_cfg() -> CN:
-    """Detectron2's default config with the nodes of this library (not those of projects)."""
+    """Detectron2's default config with the nodes of this library and of imported projects."""
     cfg = _get_d2_cfg()
     add_kd_config(cfg)
+    for _, add_nodes in CONFIG_NODES:
+        add_nodes(cfg)
     return cfg

@@ -192,8 +192,8 @@ def _resolve(cfg: CfgNode, entry: str):
     source = (label or node).upper()
     if source not in cfg.KD:
         raise ValueError(
-            f"KD.DISTILLERS entry '{entry}' reads KD.{source}, which is not declared; add it in "
-            "an add_config(cfg) function of a module listed in KD.IMPORTS"
+            f"KD.DISTILLERS entry '{entry}' reads KD.{source}, which is not declared; add it with "
+            "a function registered in kd_d2.config.CONFIG_NODES, in a module listed in KD.IMPORTS"
         )
     if source != node:
         cfg = cfg.clone()

@@ -153,8 +153,8 @@ class DetectorTeacher(Teacher):
         self.model = freeze(model)
         self.tap = build_tap(model)
         self.keys = self.tap.keys(model)
-        self.classes = classes
         self.cfg = cfg
+        self._classes = classes
         self._flip_channels = input_format != student_format
         self._description = description
 
@@ -168,19 +168,18 @@ class DetectorTeacher(Teacher):
                 "a checkpoint, or set KD.TEACHER.ALLOW_UNTRAINED True if that is intended"
             )
         model = build_model(teacher_cfg)
-        classes, digest = _registered_classes(teacher_cfg), "none, random initialisation"
+        classes, digest = None, "none, random initialisation"
         if node.WEIGHTS:
             checkpointer = KDCheckpointer(model, allow_unsafe=cfg.KD.ALLOW_UNSAFE_LOAD)
             extra = checkpointer.load(node.WEIGHTS)
             _check_report(checkpointer.last_report, node)
-            classes = (extra.get("run_info") or {}).get("classes") or classes
+            classes = (extra.get("run_info") or {}).get("classes")
             digest = file_sha256(checkpointer.path_manager.get_local_path(node.WEIGHTS))
         num_parameters = sum(p.numel() for p in model.parameters())
         description = (
             f"{type(model).__name__} from {node.CONFIG_FILE or '(default config)'}, "
             f"weights {node.WEIGHTS or '(none)'} (sha256 {digest}), "
-            f"{num_parameters / 1e6:.2f} M parameters, "
-            f"classes: {', '.join(classes) if classes else 'unknown'}"
+            f"{num_parameters / 1e6:.2f} M parameters"
         )
         return {
             "model": model,
@@ -196,10 +195,6 @@ class DetectorTeacher(Teacher):
         """Return the teacher's config: fresh defaults, then its file, then ``OPTS``."""
         node = cfg.KD.TEACHER
         teacher_cfg = get_cfg()
-        for name, defaults in cfg.KD.items():
-            # nodes that projects and user modules have declared, so that their YAML files load
-            if name not in teacher_cfg.KD:
-                teacher_cfg.KD[name] = defaults.clone() if hasattr(defaults, "clone") else defaults
         if not node.CONFIG_FILE:
             raise ValueError(
                 "KD.TEACHER.CONFIG_FILE is empty; give the teacher's config, relative to the "
@@ -244,8 +239,16 @@ class DetectorTeacher(Teacher):
     def state_to_copy(self):
         return self.model.state_dict()
 
+    @property
+    def classes(self) -> Optional[List[str]]:
+        """Class names stored in the checkpoint, else those of its config's training data."""
+        if self._classes is None and self.cfg is not None:
+            return _registered_classes(self.cfg)
+        return self._classes
+
     def describe(self):
-        return self._description
+        classes = ", ".join(self.classes) if self.classes else "unknown"
+        return f"{self._description}; classes: {classes}"
 
 
 def _registered_classes(cfg: CfgNode) -> Optional[List[str]]:

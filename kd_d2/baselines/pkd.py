@@ -1,0 +1,95 @@
+"""PKD: imitation of feature maps by their Pearson correlation."""
+
+from typing import Dict, List, Tuple
+
+import torch
+from detectron2.config import configurable
+from torch.nn import functional as F
+
+from kd_d2.distillation import DISTILLER_REGISTRY, Distiller, Key, require_equal
+from kd_d2.losses.imitation import pkd_loss
+
+__all__ = ["PKD"]
+
+
+def _keys(location: str, keys) -> str:
+    """Key of a location: the pyramid, or the output of the last stage of a tower."""
+    if location == "neck":
+        return "neck"
+    branch = {"cls": "cls", "reg": "box"}.get(location)
+    if branch is None:
+        raise ValueError(f"KD.PKD.LOCATIONS knows 'neck', 'cls' and 'reg', got '{location}'")
+    stages = [Key.parse(key) for key in keys if key.startswith(f"head.{branch}[")]
+    return f"head.{branch}[{max((key.index for key in stages), default=0)}]"
+
+
+@DISTILLER_REGISTRY.register()
+class PKD(Distiller):
+    """Half the mean squared difference of features standardised per channel.
+
+    General Distillation Framework for Object Detectors via Pearson Correlation Coefficient (Cao
+    et al., NeurIPS 2022), as CrossKD's official code uses it: all levels, no adapter, sum over
+    levels. Equal to (1 - r)(M - 1)/M averaged over channels with the correlation r over the
+    M = N·H·W positions of a channel.
+    """
+
+    @configurable
+    def __init__(
+        self, *, pairs: List[Tuple[str, str]], weight: float = 6.0, resize: bool = True
+    ):
+        """
+        Args:
+            pairs: (key of the student, key of the teacher), each a per-level list.
+            weight: of the sum over pairs and levels.
+            resize: bilinearly resize the student's maps to the teacher's size if they differ.
+        """
+        super().__init__(
+            weights={"feat": weight},
+            student_needs=[student for student, _ in pairs],
+            teacher_needs=[teacher for _, teacher in pairs],
+        )
+        self.pairs = list(pairs)
+        self.resize = resize
+
+    @classmethod
+    def from_config(cls, cfg, student_keys, teacher_keys):
+        node = cls.config_node(cfg)
+        return {
+            "pairs": [
+                (_keys(where, student_keys), _keys(where, teacher_keys))
+                for where in node.LOCATIONS
+            ],
+            "weight": node.WEIGHT,
+            "resize": node.RESIZE,
+        }
+
+    def validate(self, student_keys, teacher_keys):
+        super().validate(student_keys, teacher_keys)
+        for student, teacher in self.pairs:
+            facts = {student: student_keys[student]}, {student: teacher_keys[teacher]}
+            attributes = ("channels",) if self.resize else ("channels", "strides")
+            require_equal("PKD", student, *facts, attributes=attributes)
+            levels = len(student_keys[student].strides), len(teacher_keys[teacher].strides)
+            if levels[0] != levels[1]:
+                raise ValueError(
+                    f"PKD pairs levels of '{student}' one to one, but the student has "
+                    f"{levels[0]} and the teacher {levels[1]}"
+                )
+
+    def compute(self, ctx) -> Dict[str, torch.Tensor]:
+        total = 0.0
+        for student_key, teacher_key in self.pairs:
+            for student, teacher in zip(ctx.student[student_key], ctx.teacher[teacher_key]):
+                if student.shape[-2:] != teacher.shape[-2:]:
+                    student = self._resized(student, teacher)
+                total = total + pkd_loss(student, teacher)
+        return {"feat": total}
+
+    def _resized(self, student, teacher):
+        if not self.resize:
+            raise ValueError(
+                f"PKD: maps differ in size, student {tuple(student.shape[-2:])}, teacher "
+                f"{tuple(teacher.shape[-2:])}; set KD.PKD.RESIZE True or use equal strides"
+            )
+        size = teacher.shape[-2:]
+        return F.interpolate(student, size=size, mode="bilinear", align_corners=False)
