@@ -29,7 +29,8 @@ def add_fcos_config(cfg: CN) -> None:
     # Normalisation after each tower conv: "" (none), "GN" (32 groups) or another name of
     # detectron2.layers.get_norm. Paper and d2: "GN".
     node.NORM = "GN"
-    # Score of every class that the freshly initialised head gives everywhere, in (0, 1). Both: 0.01.
+    # Score of every class that the freshly initialised head gives everywhere, in (0, 1).
+    # Both: 0.01.
     node.PRIOR_PROB = 0.01
     # Weight of positives in the focal loss, negatives have 1 - alpha; negative: no weighting.
     # Both: 0.25.

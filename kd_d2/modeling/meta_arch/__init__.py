@@ -2,6 +2,7 @@
 
 from .atss import ATSS
 from .dense_head import DenseHead
+from .fcos import FCOS
 from .gfl import GFL
 
-__all__ = ["ATSS", "GFL", "DenseHead"]
+__all__ = ["ATSS", "FCOS", "GFL", "DenseHead"]

@@ -39,9 +39,7 @@ def test_features_are_torchvisions():
 def test_pyramid_trains_everything_by_default():
     net = build_backbone(cfg_of()).train()
     out = net(torch.randn(2, 3, 128, 128))
-    assert [tuple(x.shape[1:]) for x in out.values()] == [
-        (32, s, s) for s in (16, 8, 4, 2, 1)
-    ]
+    assert [tuple(x.shape[1:]) for x in out.values()] == [(32, s, s) for s in (16, 8, 4, 2, 1)]
     sum(x.square().mean() for x in out.values()).backward()
     assert all(p.grad is not None for p in net.parameters())
     assert net.bottom_up.features[0][1].running_mean.abs().sum() > 0
