@@ -3,10 +3,18 @@
 from .checks import check_datasets, dataset_classes, drop_unusable_annotations
 from .datasets import dataset_root, register_all
 from .digit_scenes import DigitScenesParams, build_digit_scenes, digit_scenes_paths
+from .loader import ResumableTrainLoader, build_sample_loader, build_test_loader, build_train_loader
+from .mappers import NamingMapper, RobustDataset
 
 __all__ = [
     "DigitScenesParams",
+    "NamingMapper",
+    "ResumableTrainLoader",
+    "RobustDataset",
     "build_digit_scenes",
+    "build_sample_loader",
+    "build_test_loader",
+    "build_train_loader",
     "check_datasets",
     "dataset_classes",
     "dataset_root",

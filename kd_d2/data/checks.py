@@ -25,8 +25,7 @@ logger = logging.getLogger(__name__)
 def check_datasets(cfg) -> None:
     """Check every data set of DATASETS.TRAIN and DATASETS.TEST before anything is built.
 
-    Files are looked for, not read, except that a data set which cannot be seen to be non-empty
-    is left to :func:`kd_d2.data.build_train_loader`.
+    Files are looked for, not read: what is in them is checked when a loader is built.
 
     Raises:
         ValueError: if a name is not registered; the message lists the nearest known ones.
@@ -140,9 +139,7 @@ def drop_unusable_annotations(
         name: of the data set, for the messages.
 
     Raises:
-        ValueError: if there are no images, an annotation has a category id outside of the class
-            list is not checked here (see :func:`explain_coco_json`), or if there were annotations
-            and none is usable.
+        ValueError: if there are no images, or if there were annotations and none is usable.
     """
     if not dicts:
         raise ValueError(f"There are no images in {name}; check its annotation file.")

@@ -1,0 +1,17 @@
+"""Evaluators chosen by the kind of a data set, over all images or a sample."""
+
+from .build import (
+    EVALUATOR_BUILDERS,
+    SubsetEvaluator,
+    build_evaluator,
+    build_sample_evaluator,
+)
+from .voc import SampledPascalVOCEvaluator
+
+__all__ = [
+    "EVALUATOR_BUILDERS",
+    "SampledPascalVOCEvaluator",
+    "SubsetEvaluator",
+    "build_evaluator",
+    "build_sample_evaluator",
+]
