@@ -1,0 +1,83 @@
+"""Box losses per pair of boxes: 1 - GIoU and -ln IoU."""
+
+from typing import Tuple
+
+import torch
+from torch import Tensor
+
+from kd_d2.losses.precision import full_precision
+
+__all__ = ["giou_loss", "iou_log_loss"]
+
+
+def giou_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
+    """1 - GIoU of each pair of boxes (Rezatofighi et al., CVPR 2019), in [0, 2].
+
+    GIoU = IoU - (hull - union) / hull. [0,0,2,2] against [1,1,3,3] gives 1.079365, a box against
+    itself 0. A box with x2 < x1 or y2 < y1 has area 0, as has a degenerate one; two boxes of area
+    0 in one place give 1.
+
+    Args:
+        pred: (R, 4), XYXY in absolute pixels.
+        target: (R, 4), the same; a constant: no gradient reaches it.
+        eps: smallest area in square pixels that a division uses.
+
+    Returns:
+        (R,), fp32 or fp64.
+
+    Raises:
+        ValueError: a shape is not (R, 4), or the two differ.
+    """
+    _check(pred, target)
+    with torch.autocast(pred.device.type, enabled=False):
+        pred, target = full_precision(pred), full_precision(target.detach())
+        intersection, union = _areas(pred, target)
+        corner = torch.maximum(pred[:, 2:], target[:, 2:])
+        sides = (corner - torch.minimum(pred[:, :2], target[:, :2])).clamp(min=0)
+        hull = sides[:, 0] * sides[:, 1]
+        iou = intersection / union.clamp(min=eps)
+        return 1 - iou + (hull - union) / hull.clamp(min=eps)
+
+
+def iou_log_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
+    """-ln IoU of each pair of boxes (UnitBox), in [0, -ln eps].
+
+    [0,0,2,2] against [1,1,3,3] gives ln 7 = 1.945910; disjoint boxes give 13.815511, and no
+    gradient, because the IoU is clamped.
+
+    Args:
+        pred: (R, 4), XYXY in absolute pixels.
+        target: (R, 4), the same; a constant: no gradient reaches it.
+        eps: smallest IoU before the logarithm, and smallest area in square pixels.
+
+    Returns:
+        (R,), fp32 or fp64.
+
+    Raises:
+        ValueError: a shape is not (R, 4), or the two differ.
+    """
+    _check(pred, target)
+    with torch.autocast(pred.device.type, enabled=False):
+        pred, target = full_precision(pred), full_precision(target.detach())
+        intersection, union = _areas(pred, target)
+        return -(intersection / union.clamp(min=eps)).clamp(min=eps).log()
+
+
+def _areas(pred: Tensor, target: Tensor) -> Tuple[Tensor, Tensor]:
+    """Areas of intersection and union, (R,) each, square pixels."""
+    corner = torch.minimum(pred[:, 2:], target[:, 2:])
+    sides = (corner - torch.maximum(pred[:, :2], target[:, :2])).clamp(min=0)
+    intersection = sides[:, 0] * sides[:, 1]
+    area_pred, area_target = (
+        ((box[:, 2] - box[:, 0]).clamp(min=0) * (box[:, 3] - box[:, 1]).clamp(min=0))
+        for box in (pred, target)
+    )
+    return intersection, area_pred + area_target - intersection
+
+
+def _check(pred: Tensor, target: Tensor) -> None:
+    if pred.dim() != 2 or pred.shape[1] != 4 or pred.shape != target.shape:
+        raise ValueError(
+            f"Expected two tensors of boxes of shape (R, 4), got {tuple(pred.shape)} and "
+            f"{tuple(target.shape)}."
+        )

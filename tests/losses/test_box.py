@@ -1,0 +1,84 @@
+import math
+
+import pytest
+import torch
+
+from kd_d2.losses.box import giou_loss, iou_log_loss
+
+_CASES = [
+    # pred, target, 1 - GIoU, -ln IoU
+    ([0, 0, 2, 2], [1, 1, 3, 3], 1.079365, 1.945910),
+    ([0, 0, 1, 1], [2, 0, 3, 1], 1.333333, 13.815511),
+    ([0, 0, 4, 2], [0, 0, 4, 4], 0.5, 0.693147),
+    ([3, 5, 40, 90], [3, 5, 40, 90], 0.0, 0.0),
+    # decoded dx = 0.5 of a 4 x 4 anchor, and a side shortened by a third of its FCOS distance
+    ([2, 0, 6, 4], [0, 0, 4, 4], 2 / 3, math.log(3)),
+    ([0, 2, 6, 6], [2, 2, 6, 6], 1 / 3, math.log(1.5)),
+]
+
+
+def _boxes(*rows):
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("pred, target, giou, log", _CASES)
+def test_worked_out(pred, target, giou, log):
+    pred, target = _boxes(pred), _boxes(target)
+    assert giou_loss(pred, target).tolist() == pytest.approx([giou], abs=1e-5)
+    assert iou_log_loss(pred, target).tolist() == pytest.approx([log], abs=1e-5)
+
+
+def test_all_pairs_at_once_and_no_reduction():
+    pred, target = _boxes(*(c[0] for c in _CASES)), _boxes(*(c[1] for c in _CASES))
+    assert giou_loss(pred, target).tolist() == pytest.approx([c[2] for c in _CASES], abs=1e-5)
+    # Both losses are symmetric, and do not change with position or scale.
+    torch.testing.assert_close(giou_loss(target, pred), giou_loss(pred, target))
+    torch.testing.assert_close(giou_loss(pred * 8 + 64, target * 8 + 64), giou_loss(pred, target))
+
+
+@pytest.mark.parametrize("loss", [giou_loss, iou_log_loss])
+@pytest.mark.parametrize(
+    "pred, target",
+    [
+        ([1, 1, 1, 1], [1, 1, 1, 1]),
+        ([1, 1, 1, 1], [0, 0, 4, 4]),
+        ([5, 5, 2, 2], [0, 0, 4, 4]),
+        ([5, 0, 2, 4], [3, 3, 3, 3]),
+    ],
+)
+def test_degenerate_boxes_are_finite(loss, pred, target):
+    pred = _boxes(pred).requires_grad_()
+    value = loss(pred, _boxes(target))
+    value.sum().backward()
+    assert torch.isfinite(value).all() and torch.isfinite(pred.grad).all()
+    assert value.item() >= (1 if loss is giou_loss else 13)
+
+
+@pytest.mark.parametrize("loss", [giou_loss, iou_log_loss])
+class TestBoth:
+    def test_empty(self, loss):
+        pred = torch.zeros(0, 4, requires_grad=True)
+        out = loss(pred, torch.zeros(0, 4))
+        assert out.shape == (0,)
+        out.sum().backward()
+
+    def test_gradient_reaches_the_prediction_only(self, loss):
+        pred = _boxes([0, 0, 2, 2]).requires_grad_()
+        target = _boxes([1, 1, 3, 3]).requires_grad_()
+        loss(pred, target).sum().backward()
+        assert pred.grad.abs().sum() > 0 and target.grad is None
+
+    def test_gradcheck(self, loss):
+        pred = torch.tensor([[0.3, 0.1, 5.2, 4.4], [1, 2, 9, 7.5]], dtype=torch.float64)
+        target = torch.tensor([[1.0, 1.1, 6.0, 3.0], [0, 3, 8, 9]], dtype=torch.float64)
+        assert torch.autograd.gradcheck(lambda p: loss(p, target), pred.requires_grad_())
+
+    def test_half_precision_is_computed_in_fp32(self, loss):
+        # In fp16 the area of this box would overflow.
+        boxes = _boxes([0, 0, 800, 600]).half()
+        out = loss(boxes, boxes)
+        assert out.dtype == torch.float32 and out.item() == 0
+
+    def test_shapes_are_checked(self, loss):
+        with pytest.raises(ValueError, match=r"\(2, 4\) and \(3, 4\)"):
+            loss(torch.zeros(2, 4), torch.zeros(3, 4))
