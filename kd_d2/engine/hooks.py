@@ -9,7 +9,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 
 from kd_d2.data import build_sample_loader
-from kd_d2.evaluation import SubsetEvaluator, build_evaluator
+from kd_d2.evaluation import build_sample_evaluator
 
 from .random_state import preserve_random_state
 
@@ -57,7 +57,7 @@ class TeacherEvaluation(HookBase):
         teacher_cfg = self._teacher.cfg
         loader = build_sample_loader(teacher_cfg, dataset_name, self._num_images)
         folder = os.path.join(self._cfg.OUTPUT_DIR, "inference_teacher")
-        evaluator = SubsetEvaluator(build_evaluator(self._cfg, dataset_name, folder))
+        evaluator = build_sample_evaluator(self._cfg, dataset_name, folder)
         results = inference_on_dataset(self._teacher.model, loader, evaluator)
         if not comm.is_main_process():
             return None

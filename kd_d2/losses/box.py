@@ -10,7 +10,9 @@ from kd_d2.losses.precision import full_precision
 __all__ = ["giou_loss", "iou_log_loss"]
 
 
-def giou_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
+def giou_loss(
+    pred: Tensor, target: Tensor, eps: float = 1e-6, *, detach_targets: bool = True
+) -> Tensor:
     """1 - GIoU of each pair of boxes (Rezatofighi et al., CVPR 2019), in [0, 2].
 
     GIoU = IoU - (hull - union) / hull. [0,0,2,2] against [1,1,3,3] gives 1.079365, a box against
@@ -19,8 +21,9 @@ def giou_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
 
     Args:
         pred: (R, 4), XYXY in absolute pixels.
-        target: (R, 4), the same; a constant: no gradient reaches it.
+        target: (R, 4), the same.
         eps: smallest area in square pixels that a division uses.
+        detach_targets: ``target`` is a constant: no gradient reaches it.
 
     Returns:
         (R,), fp32 or fp64.
@@ -30,7 +33,8 @@ def giou_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
     """
     _check(pred, target)
     with torch.autocast(pred.device.type, enabled=False):
-        pred, target = full_precision(pred), full_precision(target.detach())
+        target = target.detach() if detach_targets else target
+        pred, target = full_precision(pred), full_precision(target)
         intersection, union = _areas(pred, target)
         corner = torch.maximum(pred[:, 2:], target[:, 2:])
         sides = (corner - torch.minimum(pred[:, :2], target[:, :2])).clamp(min=0)
@@ -39,7 +43,9 @@ def giou_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
         return 1 - iou + (hull - union) / hull.clamp(min=eps)
 
 
-def iou_log_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
+def iou_log_loss(
+    pred: Tensor, target: Tensor, eps: float = 1e-6, *, detach_targets: bool = True
+) -> Tensor:
     """-ln IoU of each pair of boxes (UnitBox), in [0, -ln eps].
 
     [0,0,2,2] against [1,1,3,3] gives ln 7 = 1.945910; disjoint boxes give 13.815511, and no
@@ -47,8 +53,9 @@ def iou_log_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
 
     Args:
         pred: (R, 4), XYXY in absolute pixels.
-        target: (R, 4), the same; a constant: no gradient reaches it.
+        target: (R, 4), the same.
         eps: smallest IoU before the logarithm, and smallest area in square pixels.
+        detach_targets: ``target`` is a constant: no gradient reaches it.
 
     Returns:
         (R,), fp32 or fp64.
@@ -58,7 +65,8 @@ def iou_log_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
     """
     _check(pred, target)
     with torch.autocast(pred.device.type, enabled=False):
-        pred, target = full_precision(pred), full_precision(target.detach())
+        target = target.detach() if detach_targets else target
+        pred, target = full_precision(pred), full_precision(target)
         intersection, union = _areas(pred, target)
         return -(intersection / union.clamp(min=eps)).clamp(min=eps).log()
 

@@ -8,7 +8,12 @@ __all__ = ["quality_focal_loss"]
 
 
 def quality_focal_loss(
-    logits: Tensor, targets: Tensor, gamma: float = 2.0, reduction: str = "none"
+    logits: Tensor,
+    targets: Tensor,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    detach_targets: bool = True,
 ) -> Tensor:
     """Binary cross-entropy with soft targets, modulated by the distance to the target.
 
@@ -16,7 +21,7 @@ def quality_focal_loss(
     al., NeurIPS 2020), where the exponent is called beta. The modulating factor is part of the
     graph. For x = 0, t = 0.75, gamma = 1: 0.25 * ln 2 = 0.173287.
 
-    Computed in fp32 with autocast off; the gradient reaches ``logits`` only.
+    Computed in fp32 with autocast off.
 
     Args:
         logits: any shape, predictions before the sigmoid.
@@ -24,6 +29,7 @@ def quality_focal_loss(
             in a detector, the sigmoid of a second network's logits in distillation.
         gamma: exponent, 0 (plain cross-entropy) or at least 1.
         reduction: "none", "mean" (over all elements, 0 when there are none) or "sum".
+        detach_targets: the gradient reaches ``logits`` only.
 
     Returns:
         fp32 tensor of the shape of ``logits``, or a scalar.
@@ -41,7 +47,8 @@ def quality_focal_loss(
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f'reduction must be "none", "mean" or "sum", got {reduction!r}')
     with torch.autocast(logits.device.type, enabled=False):
-        logits, targets = logits.float(), targets.detach().float()
+        targets = targets.detach() if detach_targets else targets
+        logits, targets = logits.float(), targets.float()
         loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         if gamma > 0:
             loss = loss * (logits.sigmoid() - targets).abs().pow(gamma)

@@ -16,6 +16,8 @@ def kl_divergence(
     teacher_logits: Tensor,
     temperature: float = 1.0,
     bins_reduction: str = "sum",
+    *,
+    detach_targets: bool = True,
 ) -> Tensor:
     """tau^2 * KL(softmax(t / tau) || softmax(s / tau)) over the last dimension (Hinton et al.).
 
@@ -24,9 +26,10 @@ def kl_divergence(
 
     Args:
         student_logits: (..., K).
-        teacher_logits: (..., K), constants: no gradient reaches them.
+        teacher_logits: (..., K).
         temperature: tau > 0, dimensionless; tau^2 keeps the gradient's size as tau grows.
         bins_reduction: "sum" or "mean" over the K bins.
+        detach_targets: ``teacher_logits`` are constants: no gradient reaches them.
 
     Returns:
         (...), fp32 or fp64. Equal logits may give -1e-9 instead of 0.
@@ -41,12 +44,15 @@ def kl_divergence(
         raise ValueError(f'bins_reduction must be "sum" or "mean", got {bins_reduction!r}.')
     with torch.autocast(student_logits.device.type, enabled=False):
         student = F.log_softmax(full_precision(student_logits) / temperature, dim=-1)
-        teacher = F.log_softmax(full_precision(teacher_logits.detach()) / temperature, dim=-1)
+        targets = teacher_logits.detach() if detach_targets else teacher_logits
+        teacher = F.log_softmax(full_precision(targets) / temperature, dim=-1)
         terms = temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True)
         return terms.sum(-1) if bins_reduction == "sum" else terms.mean(-1)
 
 
-def soft_binary_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def soft_binary_cross_entropy(
+    student_logits: Tensor, teacher_logits: Tensor, *, detach_targets: bool = True
+) -> Tensor:
     """BCE(sigma(s), sigma(t)) per element, from logits.
 
     Its minimum, at s = t, is the entropy of the teacher's probability, not 0: 0.562335 for
@@ -54,7 +60,8 @@ def soft_binary_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) ->
 
     Args:
         student_logits: any shape.
-        teacher_logits: same shape, constants: no gradient reaches them.
+        teacher_logits: same shape.
+        detach_targets: ``teacher_logits`` are constants: no gradient reaches them.
 
     Returns:
         tensor of that shape, fp32 or fp64.
@@ -64,7 +71,8 @@ def soft_binary_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) ->
     """
     _check(student_logits, teacher_logits)
     with torch.autocast(student_logits.device.type, enabled=False):
-        targets = full_precision(teacher_logits.detach()).sigmoid()
+        targets = teacher_logits.detach() if detach_targets else teacher_logits
+        targets = full_precision(targets).sigmoid()
         return F.binary_cross_entropy_with_logits(
             full_precision(student_logits), targets, reduction="none"
         )

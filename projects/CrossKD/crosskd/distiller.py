@@ -1,0 +1,301 @@
+"""The CrossKD distiller."""
+
+from dataclasses import replace
+from typing import Dict, List, Mapping, Sequence, Tuple
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from torch.nn import functional as F
+
+from kd_d2.distillation import DISTILLER_REGISTRY, Distiller, Key, require_equal
+from kd_d2.losses.imitation import align_statistics
+
+from .losses import CLS_LOSSES, REG_LOSSES, centerness_loss
+from .normalisers import NORMALISERS
+from .presets import Preset, find_preset
+from .regions import CLS_REGIONS, REG_REGIONS, Positions
+from .strategies import STRATEGIES
+
+__all__ = ["CrossKD"]
+
+# config name of a branch -> the taps' name
+_BRANCHES = {"cls": "cls", "reg": "box"}
+
+
+def _choice(key: str, value: str, known) -> str:
+    if value not in known:
+        raise ValueError(f"KD.CROSSKD.{key} must be one of {sorted(known)}, got '{value}'")
+    return value
+
+
+@DISTILLER_REGISTRY.register()
+class CrossKD(Distiller):
+    """Distils predictions that student features make in the teacher's head.
+
+    For tower stage i, p^s_cross = T_{>i}(A(f_i^s; f_i^t)); the loss compares it with the teacher's
+    own prediction p^t, so that the student's head is not torn between ground truth and teacher
+    (Sec. 3.2, eq. 3 to 5). Gradients cross the frozen teacher layers and reach only the student's
+    stages <= i, its pyramid and its backbone.
+
+    Terms: ``cls``, ``reg`` and, for detectors whose preset has it, ``ctr``; prefixed ``mimic_``
+    for the mode "mimic" when both modes are on.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        preset: Preset,
+        positions: Mapping[str, int],
+        num_stages: Mapping[str, int],
+        centerness_branch: str = "none",
+        modes: Sequence[str] = ("cross",),
+        strategy: str = "a",
+        tap: str = "post_act",
+        align: str = "official",
+        cls_loss: str = "qfl",
+        cls_gamma: float = 1.0,
+        cls_region: str = "all",
+        reg_tau: float = 1.0,
+        reg_region: str = "teacher",
+        detach_target: bool = True,
+    ):
+        """
+        Args:
+            preset: losses, weights, normalisers.
+            positions: branch ("cls", "reg") -> i; its keys are the distilled branches.
+            num_stages: branch -> number of tower stages of both networks.
+            centerness_branch: branch that predicts the centerness, or "none".
+            modes: "cross" and/or "mimic".
+            strategy: key of ``STRATEGIES``.
+            tap: "post_act" or "pre_act".
+            align: "official" or "none".
+            cls_loss, cls_gamma, cls_region, reg_tau, reg_region, detach_target: see
+                :mod:`.config`.
+
+        Raises:
+            ValueError: a name that does not exist, or a position outside 0..stages + 1.
+        """
+        self.preset = preset
+        self.strategy = STRATEGIES[_choice("STRATEGY", strategy, STRATEGIES)]
+        self.modes = tuple(_choice("MODES", mode, ("cross", "mimic")) for mode in modes)
+        if not self.modes or not positions:
+            raise ValueError("KD.CROSSKD.MODES and KD.CROSSKD.BRANCHES must not be empty")
+        self.before_activation = _choice("TAP", tap, ("post_act", "pre_act")) == "pre_act"
+        self.aligned = _choice("ALIGN", align, ("official", "none")) == "official"
+        self.cls_loss = CLS_LOSSES[_choice("CLS_LOSS", cls_loss, CLS_LOSSES)]
+        self.cls_gamma = cls_gamma
+        self.cls_region = CLS_REGIONS[_choice("CLS_REGION", cls_region, CLS_REGIONS)]
+        self.reg_loss = REG_LOSSES[_choice("REG_LOSS", preset.reg_loss, REG_LOSSES)]
+        self.reg_tau = reg_tau
+        self.reg_region = REG_REGIONS[_choice("REG_REGION", reg_region, REG_REGIONS)]
+        self.detach_target = detach_target
+        self.positions = dict(positions)
+        self.num_stages = dict(num_stages)
+        for branch, position in self.positions.items():
+            _choice("BRANCHES", branch, _BRANCHES)
+            if not 0 <= position <= num_stages[branch] + 1:
+                raise ValueError(
+                    f"KD.CROSSKD.POSITION of branch '{branch}' must lie in "
+                    f"0..{num_stages[branch] + 1} ({num_stages[branch]} tower stages; one more "
+                    f"is prediction mimicking), got {position}"
+                )
+        # what each branch predicts, of what has a loss: "cls", "box", "ctr"
+        self._outputs = {b: [_BRANCHES[b]] for b in self.positions}
+        if preset.ctr_weight and centerness_branch in self._outputs:
+            self._outputs[centerness_branch].append("ctr")
+        super().__init__(
+            weights=self._weights(),
+            student_needs=self._student_needs(),
+            teacher_needs=self._teacher_needs(),
+        )
+
+    @classmethod
+    def from_config(cls, cfg, student_keys, teacher_keys):
+        node = cls.config_node(cfg)
+        preset, reg_region = cls._preset(node, cfg.MODEL.META_ARCHITECTURE)
+        common = node.POSITION if node.POSITION >= 0 else preset.position
+        own = {"cls": node.POSITION_CLS, "reg": node.POSITION_REG}
+        for branch in node.BRANCHES:
+            _choice("BRANCHES", branch, _BRANCHES)
+        if "pred.cls" not in student_keys or "pred.cls" not in teacher_keys:
+            raise ValueError(
+                "CrossKD needs a dense detector with towers (e.g. GFL, RetinaNet, FCOS, ATSS) as "
+                "student and as teacher"
+            )
+        ctr = student_keys["pred.ctr"].signature[0] if "pred.ctr" in student_keys else "none"
+        return {
+            "preset": preset,
+            "positions": {b: own[b] if own[b] >= 0 else common for b in node.BRANCHES},
+            "num_stages": {b: _num_stages(student_keys, tap) for b, tap in _BRANCHES.items()},
+            "centerness_branch": {v: k for k, v in _BRANCHES.items()}.get(ctr, "none"),
+            "modes": node.MODES,
+            "strategy": node.STRATEGY,
+            "tap": node.TAP,
+            "align": node.ALIGN,
+            "cls_loss": node.CLS_LOSS,
+            "cls_gamma": node.CLS_GAMMA,
+            "cls_region": node.CLS_REGION,
+            "reg_tau": node.REG_TAU,
+            "reg_region": reg_region,
+            "detach_target": node.DETACH_TARGET,
+        }
+
+    @staticmethod
+    def _preset(node, meta_architecture: str) -> Tuple[Preset, str]:
+        """Official values of the detector with the node's own values put over them."""
+        literal = _choice("PRESET", node.PRESET, ("official", "paper")) == "paper"
+        preset = find_preset(meta_architecture)
+        values = {
+            "cls_weight": node.CLS_WEIGHT,
+            "reg_weight": node.REG_WEIGHT,
+            "ctr_weight": node.CTR_WEIGHT,
+        }
+        preset = replace(preset, **{k: v for k, v in values.items() if v >= 0})
+        if node.REG_LOSS:
+            preset = replace(preset, reg_loss=node.REG_LOSS)
+        name = node.NORMALIZER or ("region" if literal else "official")
+        if _choice("NORMALIZER", name, ("official", "region", "ema")) != "official":
+            preset = replace(preset, cls_normaliser=name, reg_normaliser=name, ctr_normaliser=name)
+        return preset, node.REG_REGION or ("fg" if literal else "teacher")
+
+    # ------------------------------------------------------------------------ declarations
+    def _crosses(self, branch: str) -> bool:
+        return self.positions[branch] <= self.num_stages[branch]
+
+    def _weights(self) -> Dict[str, float]:
+        factors = {
+            "cls": ("cls", self.preset.cls_weight),
+            "box": ("reg", self.preset.reg_weight),
+            "ctr": ("ctr", self.preset.ctr_weight),
+        }
+        result = {}
+        for mode in self.modes:
+            prefix = "mimic_" if mode == "mimic" and len(self.modes) > 1 else ""
+            for outputs in self._outputs.values():
+                for output in outputs:
+                    name, weight = factors[output]
+                    result[prefix + name] = weight
+        return result
+
+    def _tap_key(self, branch: str) -> str:
+        position = self.positions[branch]
+        suffix = ":pre" if self.before_activation and position > 0 else ""
+        return f"head.{_BRANCHES[branch]}[{position}]{suffix}"
+
+    def _features(self) -> List[str]:
+        crossing = "cross" in self.modes
+        return [self._tap_key(b) for b in self.positions if crossing and self._crosses(b)]
+
+    def _student_needs(self) -> List[str]:
+        outputs = [f"pred.{o}" for outputs in self._outputs.values() for o in outputs]
+        return ["assign", "anchors", "codec"] + outputs + self._features()
+
+    def _teacher_needs(self) -> List[str]:
+        outputs = [f"pred.{o}" for outputs in self._outputs.values() for o in outputs]
+        return ["pred.cls", "codec"] + outputs + self._features()
+
+    def validate(self, student_keys, teacher_keys):
+        super().validate(student_keys, teacher_keys)
+        sides = student_keys, teacher_keys
+        for branch, tap in _BRANCHES.items():
+            stages = [_num_stages(keys, tap) for keys in sides]
+            if stages[0] != stages[1]:
+                raise ValueError(
+                    f"CrossKD needs towers of equal length; branch '{branch}' has {stages[0]} "
+                    f"stages in the student and {stages[1]} in the teacher (NUM_CONVS)"
+                )
+        for key in self._features() + ["anchors", "codec", "pred.cls", "pred.box"]:
+            require_equal("CrossKD", key, *sides)
+        # the moved feature must fit the tail of the other head, also where nothing is tapped
+        if any("pred.ctr" in keys for keys in sides):
+            centerness = [k["pred.ctr"].signature if "pred.ctr" in k else None for k in sides]
+            if centerness[0] != centerness[1]:
+                raise ValueError(
+                    "CrossKD needs the centerness on the same branch of both heads; student "
+                    f"{centerness[0]}, teacher {centerness[1]}"
+                )
+
+    # ----------------------------------------------------------------------------- compute
+    def compute(self, ctx) -> Dict[str, torch.Tensor]:
+        student = ctx.student
+        positions = Positions(
+            student.model, student["anchors"], student["assign"], self.preset.masked
+        )
+        dims = self._dims(student)
+        teacher_cls = _flat(ctx.teacher["pred.cls"], dims["cls"])
+        terms = {}
+        for mode in self.modes:
+            prefix = "mimic_" if mode == "mimic" and len(self.modes) > 1 else ""
+            for branch, outputs in self._outputs.items():
+                predictions, targets = self._pair(ctx, branch, outputs, mode)
+                for output in outputs:
+                    pair = [_flat(x[output], dims[output]) for x in (predictions, targets)]
+                    name, value = self._term(output, pair, positions, teacher_cls, student)
+                    terms[prefix + name] = value
+        return terms
+
+    @staticmethod
+    def _dims(student) -> Dict[str, int]:
+        box_dim = getattr(student["codec"], "box_dim", 4)
+        return {"cls": student.model.num_classes, "box": box_dim, "ctr": 1}
+
+    def _pair(self, ctx, branch: str, outputs: List[str], mode: str):
+        """Per-level predictions and targets, dicts by output."""
+        own = {output: ctx.student[f"pred.{output}"] for output in outputs}
+        teacher = {output: ctx.teacher[f"pred.{output}"] for output in outputs}
+        if mode == "mimic" or not self._crosses(branch):
+            return own, teacher
+        target_is_constant = self.strategy.target == "cross" and self.detach_target
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not target_is_constant):
+            cross = self._cross(ctx, branch)
+        sides = {"student": own, "teacher": teacher, "cross": cross}
+        return sides[self.strategy.prediction], sides[self.strategy.target]
+
+    def _cross(self, ctx, branch: str) -> Dict[str, List[torch.Tensor]]:
+        """Pass one side's features through the rest of the other side's head."""
+        sides = {"student": ctx.student, "teacher": ctx.teacher}
+        moved = sides.pop(self.strategy.moved)
+        (host,) = sides.values()
+        key, position = self._tap_key(branch), self.positions[branch]
+        features = []
+        for feature, reference in zip(moved[key], host[key]):
+            if self.aligned:
+                # statistics in fp32; back to the type that the host's layers are run in
+                feature = align_statistics(feature, reference).to(reference.dtype)
+            features.append(F.relu(feature) if position > 0 else feature)
+        return host.rest_of_head(_BRANCHES[branch], position, features)
+
+    def _term(self, output, pair, positions, teacher_cls, student) -> Tuple[str, torch.Tensor]:
+        return getattr(self, f"_{output}_term")(pair, positions, teacher_cls, student)
+
+    def _cls_term(self, pair, positions, teacher_cls, student):
+        weights = self.cls_region(positions).float()
+        losses = self.cls_loss(*pair, self.cls_gamma, self.detach_target)
+        return "cls", _normalised(losses, weights, positions, self.preset.cls_normaliser)
+
+    def _box_term(self, pair, positions, teacher_cls, student):
+        weights = self.reg_region(positions, teacher_cls)
+        codec = student["codec"]
+        losses = self.reg_loss(*pair, positions.anchors, codec, self.reg_tau, self.detach_target)
+        return "reg", _normalised(losses, weights, positions, self.preset.reg_normaliser)
+
+    def _ctr_term(self, pair, positions, teacher_cls, student):
+        losses = centerness_loss(*pair, self.detach_target)
+        weights = positions.positive.float()
+        return "ctr", _normalised(losses, weights, positions, self.preset.ctr_normaliser)
+
+
+def _flat(levels: List[torch.Tensor], dim: int) -> torch.Tensor:
+    """Per-level (N, A*dim, H, W) -> (N, R, dim), in the order of the anchors."""
+    return torch.cat([permute_to_N_HWA_K(x, dim) for x in levels], dim=1)
+
+
+def _normalised(losses, weights, positions, normaliser: str) -> torch.Tensor:
+    return (losses * weights).sum() / NORMALISERS[normaliser](positions, weights)
+
+
+def _num_stages(keys, tap_branch: str) -> int:
+    stages = [Key.parse(key).index for key in keys if key.startswith(f"head.{tap_branch}[")]
+    return max((stage for stage in stages if stage), default=0)
