@@ -33,8 +33,10 @@ def _single_anchor_node() -> CN:
     # Width of the tower stages in channels; 0: as many as the pyramid levels have. Official: 256.
     node.CONV_DIM = 0
     # Normalisation after each tower conv: "" (none, convs then have a bias), "GN" (32 groups,
-    # the width must be a multiple of 32) or another name of detectron2.layers.get_norm.
-    # Statistics of BN variants would be shared by all levels. Official: "GN".
+    # the width must be a multiple of 32; at 32 each group is one channel, and torch refuses a
+    # batch of one image whose coarsest level is 1x1) or another name of
+    # detectron2.layers.get_norm. Statistics of BN variants would be shared by all levels.
+    # Official: "GN".
     node.NORM = "GN"
     # Score of every class that the freshly initialised head gives everywhere, in (0, 1);
     # pi of the focal loss paper. Official: 0.01.
