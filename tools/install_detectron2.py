@@ -77,7 +77,7 @@ import importlib.util, json
 answer = {}
 for name in ("torch", "detectron2"):
     spec = importlib.util.find_spec(name)
-    answer[name] = None if spec is None else (spec.origin or str(list(spec.submodule_search_locations)))
+    answer[name] = spec and (spec.origin or str(list(spec.submodule_search_locations)))
 if answer["detectron2"] is not None:
     try:
         import detectron2
@@ -211,7 +211,7 @@ def restore_prefix(files: Dict[str, bytes]) -> Dict[str, bytes]:
                     warnings.simplefilter("ignore")
                     compile(data, name, "exec", dont_inherit=True)
             except (SyntaxError, ValueError) as error:
-                raise InstallError(f"{name} is not valid Python after the change: {error}.") from error
+                raise InstallError(f"{name} is not valid Python any more: {error}.") from error
         if SOURCE_PROJECT.lower().encode() in data.lower():
             raise InstallError(
                 f"{name} mentions {SOURCE_PROJECT} in a form that this script does not know how "
@@ -251,7 +251,9 @@ def build_wheel(files: Dict[str, bytes], sha256: str, license_text: bytes) -> by
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in sorted(entries.items()):
             _write_member(archive, name, data)
-        _write_member(archive, record, "".join(f"{row}\n" for row in [*rows, f"{record},,"]).encode())
+        _write_member(
+            archive, record, "".join(f"{row}\n" for row in [*rows, f"{record},,"]).encode()
+        )
     return buffer.getvalue()
 
 
@@ -302,7 +304,7 @@ def pip_install(wheel: Path, constraints: Optional[Path]) -> None:
     status = subprocess.run(command, env=environment).returncode
     if status != 0:
         raise InstallError(
-            f"pip install {wheel.name} failed with exit status {status}; its messages above say why."
+            f"pip install {wheel.name} failed with exit status {status}; its messages are above."
         )
 
 

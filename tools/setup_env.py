@@ -290,7 +290,8 @@ def _clean_environment() -> Dict[str, str]:
     environment = {
         key: value
         for key, value in os.environ.items()
-        if key not in ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "__PYVENV_LAUNCHER__")
+        if key
+        not in ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "__PYVENV_LAUNCHER__")
     }
     environment["PIP_USER"] = "0"
     environment["PIP_NO_INPUT"] = "1"
@@ -322,14 +323,15 @@ def _run_logged(command: List[str], stream, log: Path) -> int:
         stderr=subprocess.STDOUT,
         env=_clean_environment(),
     )
+    start = time.monotonic()
     try:
         while True:
             try:
                 return process.wait(timeout=_HEARTBEAT)
             except subprocess.TimeoutExpired:
-                lines = log.read_text(errors="replace").split("\n")
-                last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-                _say("      ... {}".format(last[:90]))
+                lines = [line for line in log.read_text(errors="replace").splitlines() if line]
+                last = lines[-1].strip()[:80] if lines else ""
+                _say("      {:.0f} s: {} ...".format(time.monotonic() - start, last))
     except BaseException:
         process.terminate()
         process.wait()
