@@ -22,16 +22,20 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def check_datasets(cfg) -> None:
+def check_datasets(cfg, train: bool = True) -> None:
     """Check every data set of DATASETS.TRAIN and DATASETS.TEST before anything is built.
 
     Files are looked for, not read: what is in them is checked when a loader is built.
+
+    Args:
+        cfg: whole config.
+        train: False looks at DATASETS.TEST only, for evaluation.
 
     Raises:
         ValueError: if a name is not registered; the message lists the nearest known ones.
         FileNotFoundError: if files are missing: which, where, and how to get them.
     """
-    for key in ("TRAIN", "TEST"):
+    for key in ("TRAIN", "TEST") if train else ("TEST",):
         for name in cfg.DATASETS[key]:
             _check_name(f"DATASETS.{key}", name)
             problem = missing_files(name)
@@ -90,7 +94,7 @@ def explain_coco_json(json_file: str, classes: Optional[Sequence[str]] = None) -
             content = json.load(file)
     except ValueError as error:
         return f"{json_file} is not a complete JSON file ({error}); write or download it again."
-    for key in ("images", "annotations", "categories"):
+    for key in ("images", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             return f"{json_file} has no list {key!r}, so it is not in COCO's format."
     categories = {c["id"]: c["name"] for c in content["categories"] if {"id", "name"} <= set(c)}
@@ -107,7 +111,7 @@ def explain_coco_json(json_file: str, classes: Optional[Sequence[str]] = None) -
             if key not in image:
                 return f"{json_file}: image {image.get('id', image)} has no {key!r}."
     seen = set()
-    for annotation in content["annotations"]:
+    for annotation in content.get("annotations", ()):
         label = f"{json_file}: annotation {annotation.get('id', annotation)}"
         for key in ("id", "image_id", "category_id", "bbox"):
             if key not in annotation:
@@ -129,7 +133,7 @@ def explain_coco_json(json_file: str, classes: Optional[Sequence[str]] = None) -
 def drop_unusable_annotations(
     dicts: List[Dict[str, Any]], name: str = "the data set"
 ) -> List[Dict[str, Any]]:
-    """The same images without annotations whose box is empty, not finite or outside the image.
+    """The same images without annotations whose box is empty, not finite, outside or missing.
 
     Boxes that reach over the border are kept: the mapper clips them. Images stay even if they
     lose their last annotation. What was dropped is counted in one warning.
@@ -176,10 +180,11 @@ def drop_unusable_annotations(
 def _why_unusable(
     annotation: Dict[str, Any], width: Optional[int], height: Optional[int]
 ) -> Optional[str]:
-    box = annotation.get("bbox")
-    mode = annotation.get("bbox_mode")
-    if box is None or mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
-        return None  # rotated or relative boxes, or none at all: for the mapper to judge
+    box, mode = annotation.get("bbox"), annotation.get("bbox_mode")
+    if box is None:
+        return "missing"
+    if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+        return None  # rotated boxes are for the mapper to judge
     x0, y0, x1, y1 = (float(v) for v in box)
     if not all(map(math.isfinite, (x0, y0, x1, y1))):
         return "not finite"

@@ -120,15 +120,18 @@ def load_checked_coco_json(json_file: str, image_root: str, name: str) -> List[D
     """Detectron2's ``load_coco_json``, whose failures are explained.
 
     Raises:
-        ValueError: if the file is broken, has an annotation of a category that it does not list,
+        ValueError: if the file is broken or empty, has an annotation of a category that it does not list,
             or has other classes than were registered, naming the file and the annotation.
     """
     try:
-        return load_coco_json(json_file, image_root, name)
+        dicts = load_coco_json(json_file, image_root, name)
     except (AssertionError, AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         classes = MetadataCatalog.get(name).get("thing_classes")
         problem = explain_coco_json(json_file, classes)
         raise ValueError(problem or f"{json_file} cannot be loaded: {error}") from error
+    if not dicts:
+        raise ValueError(f"{json_file} lists no images, so the data set {name} is empty.")
+    return dicts
 
 
 def _register_digit_scenes(root: str, params: DigitScenesParams) -> None:

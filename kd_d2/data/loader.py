@@ -74,8 +74,8 @@ class ResumableTrainLoader:
     ):
         if not isinstance(getattr(sampler, "_seed", None), int):
             raise ValueError(
-                f"The sampler {type(sampler).__name__} (DATALOADER.SAMPLER_TRAIN) keeps no seed, so "
-                "training could not be resumed; use one of Detectron2's training samplers."
+                f"The sampler {type(sampler).__name__} (DATALOADER.SAMPLER_TRAIN) keeps no seed, "
+                "so training could not be resumed; use one of Detectron2's training samplers."
             )
         self.sampler = sampler
         self.images_per_batch = images_per_batch
