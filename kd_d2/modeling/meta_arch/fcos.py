@@ -14,6 +14,8 @@ from fvcore.nn import giou_loss, sigmoid_focal_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kd_d2.losses.box import iou_log_loss
+
 from ..layers import apply_score_factor, centerness, reduce_mean
 from .dense_head import DenseHead
 
@@ -61,8 +63,6 @@ _CHOICES = {
 _RANGE_IN_STRIDES = 8.0
 # exp(16) is 9e6 pixels: no image is that large, and areas of such boxes are finite in fp32.
 _MAX_EXPONENT = 16.0
-# Below this an IoU counts as this before the logarithm.
-_MIN_IOU = 1e-6
 
 
 def fcos_switches(node) -> Dict[str, Any]:
@@ -432,11 +432,7 @@ class FCOS(DenseDetector):
         # (P, 4), (P, 4) -> (P,)
         if self.box_loss == "giou":
             return giou_loss(predicted, target)
-        top_left = torch.maximum(predicted[:, :2], target[:, :2])
-        bottom_right = torch.minimum(predicted[:, 2:], target[:, 2:])
-        overlap = (bottom_right - top_left).clamp(min=0).prod(dim=1)
-        areas = [(b[:, 2:] - b[:, :2]).prod(dim=1) for b in (predicted, target)]
-        return -(overlap / (areas[0] + areas[1] - overlap)).clamp(min=_MIN_IOU).log()
+        return iou_log_loss(predicted, target)
 
     # Inference
 
