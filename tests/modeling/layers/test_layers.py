@@ -1,4 +1,4 @@
-"""Scale, reductions, the distribution coder, centerness, score factors, validity of anchors."""
+"""Scale, the distribution coder, centerness, score factors, validity of anchors."""
 
 import math
 
@@ -12,7 +12,6 @@ from kd_d2.modeling.layers import (
     apply_score_factor,
     centerness,
     paired_iou,
-    reduce_mean,
     valid_anchor_mask,
 )
 
@@ -23,36 +22,6 @@ def test_scale_multiplies_and_learns():
     scale(x).sum().backward()
     torch.testing.assert_close(scale.scale.grad, x.sum())
     assert list(scale.state_dict()) == ["scale"]
-
-
-def test_reduce_mean_in_one_process_is_detached_identity():
-    x = torch.randn(3, requires_grad=True)
-    assert torch.equal(reduce_mean(x), x) and not reduce_mean(x).requires_grad
-
-
-def _reduce_on_rank(rank, init_file, queue):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{init_file}", rank=rank, world_size=2
-    )
-    local = torch.tensor([1.0 + rank, 10.0 * rank])
-    queue.put((reduce_mean(local).tolist(), local.tolist()))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.distributed
-def test_reduce_mean_of_two_processes(tmp_path):
-    context = torch.multiprocessing.get_context("fork")
-    queue = context.Queue()
-    ranks = [
-        context.Process(target=_reduce_on_rank, args=(rank, tmp_path / "init", queue))
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        rank.start()
-    results = sorted((queue.get(timeout=60) for _ in ranks), key=lambda result: result[1])
-    for rank in ranks:
-        rank.join(timeout=60)
-    assert results == [([1.5, 5.0], [1.0, 0.0]), ([1.5, 5.0], [2.0, 10.0])]
 
 
 def test_distribution_coder_decodes_expectations_in_strides():

@@ -1,6 +1,5 @@
 """The two-tower head: parts and whole agree, initial values, user errors."""
 
-
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
