@@ -48,7 +48,7 @@ def add_backbone_config(cfg: CN) -> None:
     # Hidden width of the MLPs divided by the width of their stage.
     cfg.MODEL.SWIN.MLP_RATIO = 4.0
     # Probability of skipping the residual branches of the last block, growing linearly from 0 at
-    # the first block; in [0, 1). 0.2: Swin-T detectors of mmdetection and CrossKD's teacher.
+    # the first block; in [0, 1). 0.2: Swin-T detectors of mmdetection and CrossKD.
     cfg.MODEL.SWIN.DROP_PATH_RATE = 0.2
     # 0: everything is trained; 1: the patch embedding is not; 2: nor is the first stage; up to 5.
     cfg.MODEL.SWIN.FREEZE_AT = 0

@@ -478,3 +478,20 @@ def test_input_format_and_pixel_statistics_come_from_the_config():
     model = build_model(cfg)
     assert isinstance(model, FCOS) and model.input_format == "RGB"
     assert model.pixel_std.flatten().tolist() == pytest.approx([57.375, 57.12, 58.395])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("preset", ["paper", "d2"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_on_the_gpu(preset, dtype):
+    cfg = fcos_cfg(preset)
+    cfg.MODEL.DEVICE = "cuda"
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    with torch.autocast("cuda", dtype=dtype):
+        losses = losses_of(model, batch())
+        detections = model.eval()(batch())
+    assert all(x.isfinite() and x.dtype == torch.float32 for x in losses.values())
+    assert len(detections) == 2
+    sum(losses.values()).backward()
