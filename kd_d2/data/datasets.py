@@ -120,8 +120,8 @@ def load_checked_coco_json(json_file: str, image_root: str, name: str) -> List[D
     """Detectron2's ``load_coco_json``, whose failures are explained.
 
     Raises:
-        ValueError: if the file is broken or empty, has an annotation of a category that it does not list,
-            or has other classes than were registered, naming the file and the annotation.
+        ValueError: if the file is broken or empty, has an annotation of a category that it does
+            not list, or has other classes than were registered, naming file and annotation.
     """
     try:
         dicts = load_coco_json(json_file, image_root, name)

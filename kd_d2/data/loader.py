@@ -174,10 +174,12 @@ def build_train_loader(
     try:
         # Detectron2's own choice of the sampler, so that its seed comes from the same draw.
         arguments = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dicts)
-    except ValueError as error:
+    except (AttributeError, ValueError) as error:
+        # An AttributeError is a key that the installed version reads but does not define:
+        # DATASETS.TRAIN_REPEAT_FACTOR of the weighted samplers.
         raise ValueError(
-            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}, with which Detectron2 "
-            f"cannot build a training sampler ({error})."
+            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}, with which the "
+            f"installed Detectron2 cannot build a training sampler ({error})."
         ) from error
     listed = DatasetFromList(dicts, copy=False) if isinstance(dicts, list) else dicts
     robust = RobustDataset(
@@ -264,6 +266,11 @@ def _load_dicts(names: Sequence[str], **kwargs: Any):
         return get_detection_dataset_dicts(list(names), **kwargs)
     except AssertionError as error:
         raise ValueError(_explain(names) or str(error)) from error
+    except ValueError as error:
+        explanation = _explain_classes(names)
+        if explanation is None:
+            raise
+        raise ValueError(explanation) from error
 
 
 def _explain(names: Sequence[str]) -> Optional[str]:
@@ -281,13 +288,6 @@ def _explain(names: Sequence[str]) -> Optional[str]:
                         f"{record.get('file_name')}, but only the categories 0 to "
                         f"{len(classes) - 1}; correct the annotation or the class list."
                     )
-    listed = [MetadataCatalog.get(name).get("thing_classes") for name in names]
-    for name, classes in zip(names, listed):
-        if classes != listed[0]:
-            return (
-                f"The data sets {names[0]} and {name} have different classes, so they cannot be "
-                "used together."
-            )
     for name in names:
         annotated = any(
             not annotation.get("iscrowd", 0)
@@ -298,5 +298,16 @@ def _explain(names: Sequence[str]) -> Optional[str]:
             return (
                 f"No image of the data set {name} has a usable annotation; annotate it or set "
                 "DATALOADER.FILTER_EMPTY_ANNOTATIONS to False to train on empty images."
+            )
+    return None
+
+
+def _explain_classes(names: Sequence[str]) -> Optional[str]:
+    classes = [MetadataCatalog.get(name).get("thing_classes") for name in names]
+    for name, others in zip(names, classes):
+        if others is not None and classes[0] is not None and list(others) != list(classes[0]):
+            return (
+                f"The data sets {names[0]} and {name} have different classes, so they cannot be "
+                "used together."
             )
     return None

@@ -297,7 +297,10 @@ def test_unusable_boxes_are_dropped_and_counted(caplog):
     assert len(first["annotations"]) == 12  # the argument is as before
     (record,) = caplog.records
     message = record.getMessage()
-    assert "1 missing, 1 not finite, 3 outside the image, 4 without area" in message and "x.png" in message
+    assert (
+        "1 missing, 1 not finite, 3 outside the image, 4 without area" in message
+        and "x.png" in message
+    )
     with pytest.raises(ValueError, match="None of the 1 boxes of toy is usable.*y.png"):
         drop_unusable_annotations([second], "toy")
     with pytest.raises(ValueError, match="no images in toy"):
