@@ -32,7 +32,7 @@ class TeacherEvaluation(HookBase):
         Args:
             cfg: the student's config: DATASETS.TEST and OUTPUT_DIR.
             teacher: a teacher with a detector (``DetectorTeacher``).
-            num_images: sample size per data set; 0: all images.
+            num_images: sample size per data set; all images if it has no more.
         """
         self._cfg = cfg
         self._teacher = teacher
@@ -44,8 +44,7 @@ class TeacherEvaluation(HookBase):
                 ap = self._evaluate(name)
             if ap is None:
                 continue
-            sample = f"{self._num_images} images" if self._num_images else "all images"
-            logger.info(f"teacher AP on {name} ({sample}): {ap:.2f}")
+            logger.info(f"teacher AP on {name} (at most {self._num_images} images): {ap:.2f}")
             self.trainer.storage.put_scalar(f"teacher/{name}/AP", ap, smoothing_hint=False)
             if not ap >= self.MIN_AP:
                 logger.warning(

@@ -1,6 +1,7 @@
 """KDTrainer: Detectron2's DefaultTrainer for a student with distillers."""
 
 import logging
+import sys
 import weakref
 from typing import Any, Dict, List, Optional
 
@@ -240,7 +241,7 @@ class KDTrainer(DefaultTrainer):
 
     def _teacher_evaluation(self) -> Optional[TeacherEvaluation]:
         mode = self.cfg.KD.EVAL_TEACHER
-        sizes = {"never": None, "sample": self.cfg.KD.EVAL_TEACHER_IMAGES, "full": 0}
+        sizes = {"never": None, "sample": self.cfg.KD.EVAL_TEACHER_IMAGES, "full": sys.maxsize}
         if mode not in sizes:
             raise ValueError(f"KD.EVAL_TEACHER must be one of {list(sizes)}, got '{mode}'")
         # a teacher without a detector's config cannot be evaluated on detection data
