@@ -68,7 +68,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LICENSE_FILE = ROOT / "LICENSE"
 CONSTRAINTS_FILE = ROOT / "requirements" / "constraints.txt"
 
-_PREFIX = re.compile(rb"\bLabGym\.detectron2\b")
+_PREFIX = "LabGym.detectron2"
 # Zip archives cannot store anything earlier.
 _TIMESTAMP = (1980, 1, 1, 0, 0, 0)
 
@@ -202,10 +202,11 @@ def restore_prefix(files: Dict[str, bytes]) -> Dict[str, bytes]:
         InstallError: another trace of the source's name remains, the result is not valid Python,
             or it is not the expected version.
     """
+    pattern = re.compile(rb"\b" + re.escape(_PREFIX.encode()) + rb"\b")
     restored = {}
     for name, data in files.items():
         if name.endswith(".py"):
-            data = _PREFIX.sub(b"detectron2", data)
+            data = pattern.sub(b"detectron2", data)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -251,9 +252,7 @@ def build_wheel(files: Dict[str, bytes], sha256: str, license_text: bytes) -> by
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in sorted(entries.items()):
             _write_member(archive, name, data)
-        _write_member(
-            archive, record, "".join(f"{row}\n" for row in [*rows, f"{record},,"]).encode()
-        )
+        _write_member(archive, record, "\n".join([*rows, f"{record},,", ""]).encode())
     return buffer.getvalue()
 
 
@@ -420,7 +419,7 @@ def _provenance(sha256: str) -> str:
         "contained here.\n"
         "\n"
         "Changed by tools/install_detectron2.py of kd_d2: in the .py files, the import prefix\n"
-        f"{SOURCE_FOLDER.strip('/').replace('/', '.')} became detectron2. Nothing else was changed.\n"
+        f"{_PREFIX} became detectron2. Nothing else was changed.\n"
     )
 
 
