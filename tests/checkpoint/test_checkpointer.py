@@ -461,3 +461,71 @@ def test_state_of_the_run_is_not_changed_by_saving(tmp_path):
     before = copy.deepcopy(state)
     KDCheckpointer(_Model(), str(tmp_path), x=_State(**state)).save("a")
     assert str(state) == str(before) and type(state["a"][2]["b"]) is np.float32
+
+
+_RANK = """
+    import sys
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from kd_d2.checkpoint import KDCheckpointer
+
+    rank, folder, store = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+
+    def build(value):
+        model = nn.Linear(2, 2)
+        nn.init.constant_(model.weight, value)
+        return model
+
+    # Each rank has other weights; the main process' ones are saved.
+    checkpointer = KDCheckpointer(build(rank + 1), folder)
+    for iteration in (3, 7):
+        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+    dist.barrier()
+    if rank == 0:
+        open(folder + "/model_0000007.pth", "wb").close()
+    dist.barrier()
+    model = build(9)
+    extra = KDCheckpointer(model, folder).resume_or_load("", resume=True)
+    assert extra["iteration"] == 3 and model.weight.eq(1).all(), (rank, extra)
+    dist.barrier()
+    if rank == 0:
+        open(folder + "/model_0000003.pth", "wb").close()
+    dist.barrier()
+    try:
+        KDCheckpointer(model, folder).resume_or_load("", resume=True)
+    except ValueError as error:
+        assert "Cannot resume" in str(error)
+        print("refused", rank)
+    dist.barrier()
+"""
+
+
+@pytest.mark.distributed
+def test_two_processes_resume_from_one_file(tmp_path):
+    """Rank 0 writes and chooses; both load that file, and both stop when there is none."""
+    script = tmp_path / "rank.py"
+    script.write_text(textwrap.dedent(_RANK))
+    (tmp_path / "run").mkdir()
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(tmp_path / "run"), str(tmp_path / "store")],
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank, process in enumerate(ranks):
+            out, error = process.communicate(timeout=120)
+            assert process.returncode == 0, error
+            assert f"refused {rank}" in out
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
