@@ -167,12 +167,13 @@ class RCNNTap(Tap):
         result["rpn.obj"] = KeyInfo(rpn.rpn_head.objectness_logits.out_channels, strides)
         result["rpn.box"] = KeyInfo(rpn.rpn_head.anchor_deltas.out_channels, strides)
         branch = _box_branch(model)
+        levels = [shapes[f] for f in getattr(model.roi_heads, branch.features_attribute)]
+        result["neck"] = KeyInfo(levels[0].channels, tuple(level.stride for level in levels))
         for stage in range(branch.num_stages(model)):
             pooler, _, predictor = branch.modules(model, stage)
-            level = getattr(model.roi_heads, branch.features_attribute)[0]
             codec = (tuple(predictor.box2box_transform.weights),)
             infos = {
-                "roi.feat": KeyInfo(shapes[level].channels, (), tuple(pooler.output_size)),
+                "roi.feat": KeyInfo(levels[0].channels, (), tuple(pooler.output_size)),
                 "roi.embed": KeyInfo(predictor.cls_score.in_features),
                 "roi.cls": KeyInfo(predictor.cls_score.out_features),
                 "roi.box": KeyInfo(predictor.bbox_pred.out_features, (), codec),
@@ -203,6 +204,10 @@ class RCNNTap(Tap):
 
     def read(self, store: TapStore, key: Key) -> Any:
         branch, stage = _box_branch(store.model), key.index or 0
+        if key.group == "neck" and not key.name:
+            features = store.single("backbone").output
+            names = getattr(store.model.roi_heads, branch.features_attribute)
+            return [features[name] for name in names]
         if key.group in ("backbone", "neck"):
             return self.read_trunk(store, key)
         if key.group == "path":

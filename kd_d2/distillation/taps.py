@@ -10,7 +10,7 @@ padded network input, XYXY):
 =====================  ===========================================================================
 ``backbone.res4``      (N, C, H, W), a stage of the bottom-up network
 ``neck.p3``            (N, C, H, W), a pyramid level; ``neck`` alone is the list of the levels that
-                       the head reads
+                       the dense head or the RoI head reads
 ``head.cls[i]``        list of (N, C, H, W) after ``i`` tower stages of the classification branch,
                        post-activation; ``i = 0`` is the pyramid. ``head.box[i]``: box branch.
                        Suffix ``:pre``: before the activation of stage ``i``
