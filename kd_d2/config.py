@@ -99,8 +99,10 @@ def _add_baselines(cfg: CN) -> None:
     # PKD (Cao et al., NeurIPS 2022): imitation of features standardised per channel.
     cfg.KD.PKD = CN()
     # Keys of the student and the teacher that are paired, one loss per entry, summed.
-    # "neck": all pyramid levels; "cls", "reg": output of the last tower stage of that branch.
+    # "neck": all pyramid levels; "cls", "reg": the tower of that branch after STAGE stages.
     cfg.KD.PKD.LOCATIONS = ("neck",)
+    # Tower stage for "cls" and "reg", from 1, post-activation; 3 of 4 in CrossKD's Table 2.
+    cfg.KD.PKD.STAGE = 3
     # Weight of the summed loss; 6.0 is CrossKD's official value for GFL.
     cfg.KD.PKD.WEIGHT = 6.0
     # Resize the student's maps bilinearly when sizes differ; False: differing sizes are an error.

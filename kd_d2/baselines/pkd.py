@@ -12,15 +12,26 @@ from kd_d2.losses.imitation import pkd_loss
 __all__ = ["PKD"]
 
 
-def _keys(location: str, keys) -> str:
-    """Key of a location: the pyramid, or the output of the last stage of a tower."""
+# location in the config -> the taps' name of the tower
+_TOWERS = {"cls": "cls", "reg": "box"}
+
+
+def _key(location: str, stage: int, student_keys, teacher_keys) -> str:
+    """Key of a location: the pyramid, or the output of a stage of a tower."""
     if location == "neck":
         return "neck"
-    branch = {"cls": "cls", "reg": "box"}.get(location)
-    if branch is None:
+    if location not in _TOWERS:
         raise ValueError(f"KD.PKD.LOCATIONS knows 'neck', 'cls' and 'reg', got '{location}'")
-    stages = [Key.parse(key) for key in keys if key.startswith(f"head.{branch}[")]
-    return f"head.{branch}[{max((key.index for key in stages), default=0)}]"
+    tower = f"head.{_TOWERS[location]}"
+    for side, keys in (("student", student_keys), ("teacher", teacher_keys)):
+        parsed = [Key.parse(key) for key in keys if key.startswith(tower + "[")]
+        available = max((key.index for key in parsed), default=0)
+        if not 1 <= stage <= available:
+            raise ValueError(
+                f"KD.PKD.STAGE is {stage}, but tower '{location}' of the {side} has {available} "
+                "stages (NUM_CONVS)"
+            )
+    return f"{tower}[{stage}]"
 
 
 @DISTILLER_REGISTRY.register()
@@ -28,15 +39,15 @@ class PKD(Distiller):
     """Half the mean squared difference of features standardised per channel.
 
     General Distillation Framework for Object Detectors via Pearson Correlation Coefficient (Cao
-    et al., NeurIPS 2022), as CrossKD's official code uses it: all levels, no adapter, sum over
-    levels. Equal to (1 - r)(M - 1)/M averaged over channels with the correlation r over the
-    M = N·H·W positions of a channel.
+    et al., NeurIPS 2022), as CrossKD's official code uses it on the pyramid: all levels, no
+    adapter, sum over levels. Equal to (1 - r)(M - 1)/M averaged over channels with the
+    correlation r over the M = N·H·W positions of a channel. On the towers (CrossKD's Table 2) it
+    compares the features after stage 3 of 4, behind the ReLU; student layers after them get no
+    gradient.
     """
 
     @configurable
-    def __init__(
-        self, *, pairs: List[Tuple[str, str]], weight: float = 6.0, resize: bool = True
-    ):
+    def __init__(self, *, pairs: List[Tuple[str, str]], weight: float = 6.0, resize: bool = True):
         """
         Args:
             pairs: (key of the student, key of the teacher), each a per-level list.
@@ -54,11 +65,11 @@ class PKD(Distiller):
     @classmethod
     def from_config(cls, cfg, student_keys, teacher_keys):
         node = cls.config_node(cfg)
+        if not node.LOCATIONS:
+            raise ValueError("KD.PKD.LOCATIONS must not be empty")
+        keys = [_key(where, node.STAGE, student_keys, teacher_keys) for where in node.LOCATIONS]
         return {
-            "pairs": [
-                (_keys(where, student_keys), _keys(where, teacher_keys))
-                for where in node.LOCATIONS
-            ],
+            "pairs": [(key, key) for key in keys],
             "weight": node.WEIGHT,
             "resize": node.RESIZE,
         }

@@ -24,7 +24,8 @@ def add_crosskd_config(cfg: CN) -> None:
     # towards the teacher's prediction; "b", "c", "d": see crosskd.strategies.
     node.STRATEGY = "a"
     # i of Table 1: number of tower stages before the feature changes heads, 0 (pyramid) ..
-    # number of stages; number of stages + 1 is "mimic". -1: preset (3; FCOS 2).
+    # number of stages; number of stages + 1 is "mimic". -1: preset (3; FCOS 2), which must lie
+    # inside the towers.
     node.POSITION = -1
     # The same for one branch only; -1: POSITION.
     node.POSITION_CLS = -1
@@ -41,7 +42,7 @@ def add_crosskd_config(cfg: CN) -> None:
     node.BRANCHES = ("cls", "reg")
     # "qfl" (eq. 4: |sigma - t|^gamma * BCE) or "bce" (Table 11).
     node.CLS_LOSS = "qfl"
-    # gamma of eq. 4.
+    # gamma of eq. 4, 0 or at least 1.
     node.CLS_GAMMA = 1.0
     # Positions that are compared: "all", "pos" or "neg" of the student's assigner (Table 11).
     node.CLS_REGION = "all"
@@ -53,7 +54,7 @@ def add_crosskd_config(cfg: CN) -> None:
     node.REG_TAU = 1.0
     # Weight of a position in the regression term: "teacher" (highest class probability of the
     # teacher, the official code) or "fg" (1 at the positives of the student's assigner, S(r) of
-    # eq. 5); "": preset.
+    # eq. 5); "": preset ("teacher").
     node.REG_REGION = ""
     # Weight of the regression term; -1.0: preset (GFL 4.0, RetinaNet and ATSS 1.0, FCOS 0.75).
     node.REG_WEIGHT = -1.0
@@ -62,6 +63,7 @@ def add_crosskd_config(cfg: CN) -> None:
     # What the sums are divided by: "official" (per detector, crosskd.normalisers), "region" (|S|)
     # or "ema" (the detector's own moving average of positives, where it keeps one); "": preset.
     node.NORMALIZER = ""
-    # False: gradients flow into the target as well, where it has any (strategies b and c).
+    # False: gradients flow into the target as well, where it has any (strategies b and c). The
+    # statistics that the alignment aims at are constants in both cases. Ours: the paper is silent.
     node.DETACH_TARGET = True
     add_schedule_config(node)

@@ -1,6 +1,5 @@
 """The CrossKD distiller."""
 
-from dataclasses import replace
 from typing import Dict, List, Mapping, Sequence, Tuple
 
 import torch
@@ -8,12 +7,14 @@ from detectron2.config import configurable
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch.nn import functional as F
 
-from kd_d2.distillation import DISTILLER_REGISTRY, Distiller, Key, require_equal
+from kd_d2.distillation import DISTILLER_REGISTRY, Distiller
 from kd_d2.losses.imitation import align_statistics
 
+from .compatibility import check_pair, num_tower_stages
 from .losses import CLS_LOSSES, REG_LOSSES, centerness_loss
 from .normalisers import NORMALISERS
-from .presets import Preset, find_preset
+from .options import choice, option
+from .presets import Preset, preset_from_config
 from .regions import CLS_REGIONS, REG_REGIONS, Positions
 from .strategies import STRATEGIES
 
@@ -21,12 +22,6 @@ __all__ = ["CrossKD"]
 
 # config name of a branch -> the taps' name
 _BRANCHES = {"cls": "cls", "reg": "box"}
-
-
-def _choice(key: str, value: str, known) -> str:
-    if value not in known:
-        raise ValueError(f"KD.CROSSKD.{key} must be one of {sorted(known)}, got '{value}'")
-    return value
 
 
 @DISTILLER_REGISTRY.register()
@@ -58,12 +53,11 @@ class CrossKD(Distiller):
         cls_gamma: float = 1.0,
         cls_region: str = "all",
         reg_tau: float = 1.0,
-        reg_region: str = "teacher",
         detach_target: bool = True,
     ):
         """
         Args:
-            preset: losses, weights, normalisers.
+            preset: losses, weights, normalisers, region of the regression.
             positions: branch ("cls", "reg") -> i; its keys are the distilled branches.
             num_stages: branch -> number of tower stages of both networks.
             centerness_branch: branch that predicts the centerness, or "none".
@@ -71,36 +65,46 @@ class CrossKD(Distiller):
             strategy: key of ``STRATEGIES``.
             tap: "post_act" or "pre_act".
             align: "official" or "none".
-            cls_loss, cls_gamma, cls_region, reg_tau, reg_region, detach_target: see
-                :mod:`.config`.
+            cls_loss, cls_gamma, cls_region, reg_tau, detach_target: see :mod:`.config`.
 
         Raises:
-            ValueError: a name that does not exist, or a position outside 0..stages + 1.
+            ValueError: a name that does not exist, a position outside 0..stages + 1, a number out
+                of its range, or a weight for a centerness that the detector does not have.
         """
         self.preset = preset
-        self.strategy = STRATEGIES[_choice("STRATEGY", strategy, STRATEGIES)]
-        self.modes = tuple(_choice("MODES", mode, ("cross", "mimic")) for mode in modes)
+        self.strategy = STRATEGIES[choice("STRATEGY", strategy, STRATEGIES)]
+        self.modes = tuple(choice("MODES", mode, ("cross", "mimic")) for mode in modes)
         if not self.modes or not positions:
             raise ValueError("KD.CROSSKD.MODES and KD.CROSSKD.BRANCHES must not be empty")
-        self.before_activation = _choice("TAP", tap, ("post_act", "pre_act")) == "pre_act"
-        self.aligned = _choice("ALIGN", align, ("official", "none")) == "official"
-        self.cls_loss = CLS_LOSSES[_choice("CLS_LOSS", cls_loss, CLS_LOSSES)]
-        self.cls_gamma = cls_gamma
-        self.cls_region = CLS_REGIONS[_choice("CLS_REGION", cls_region, CLS_REGIONS)]
-        self.reg_loss = REG_LOSSES[_choice("REG_LOSS", preset.reg_loss, REG_LOSSES)]
-        self.reg_tau = reg_tau
-        self.reg_region = REG_REGIONS[_choice("REG_REGION", reg_region, REG_REGIONS)]
+        if len(set(self.modes)) < len(self.modes):
+            raise ValueError(f"KD.CROSSKD.MODES lists a mode twice: {self.modes}")
+        self.before_activation = choice("TAP", tap, ("post_act", "pre_act")) == "pre_act"
+        self.aligned = choice("ALIGN", align, ("official", "none")) == "official"
+        self.cls_loss = CLS_LOSSES[choice("CLS_LOSS", cls_loss, CLS_LOSSES)]
+        self.cls_region = CLS_REGIONS[choice("CLS_REGION", cls_region, CLS_REGIONS)]
+        self.reg_loss = REG_LOSSES[choice("REG_LOSS", preset.reg_loss, REG_LOSSES)]
+        self.reg_region = REG_REGIONS[choice("REG_REGION", preset.reg_region, REG_REGIONS)]
+        if cls_gamma != 0 and not cls_gamma >= 1:
+            raise ValueError(f"KD.CROSSKD.CLS_GAMMA must be 0 or at least 1, got {cls_gamma}")
+        if not reg_tau > 0:
+            raise ValueError(f"KD.CROSSKD.REG_TAU must be positive, got {reg_tau}")
+        self.cls_gamma, self.reg_tau = cls_gamma, reg_tau
         self.detach_target = detach_target
         self.positions = dict(positions)
         self.num_stages = dict(num_stages)
         for branch, position in self.positions.items():
-            _choice("BRANCHES", branch, _BRANCHES)
+            choice("BRANCHES", branch, _BRANCHES)
             if not 0 <= position <= num_stages[branch] + 1:
                 raise ValueError(
                     f"KD.CROSSKD.POSITION of branch '{branch}' must lie in "
                     f"0..{num_stages[branch] + 1} ({num_stages[branch]} tower stages; one more "
                     f"is prediction mimicking), got {position}"
                 )
+        if preset.ctr_weight and centerness_branch == "none":
+            raise ValueError(
+                f"KD.CROSSKD.CTR_WEIGHT is {preset.ctr_weight}, but the student predicts no "
+                "centerness; set it to 0"
+            )
         # what each branch predicts, of what has a loss: "cls", "box", "ctr"
         self._outputs = {b: [_BRANCHES[b]] for b in self.positions}
         if preset.ctr_weight and centerness_branch in self._outputs:
@@ -114,21 +118,20 @@ class CrossKD(Distiller):
     @classmethod
     def from_config(cls, cfg, student_keys, teacher_keys):
         node = cls.config_node(cfg)
-        preset, reg_region = cls._preset(node, cfg.MODEL.META_ARCHITECTURE)
-        common = node.POSITION if node.POSITION >= 0 else preset.position
-        own = {"cls": node.POSITION_CLS, "reg": node.POSITION_REG}
+        preset = preset_from_config(node, cfg.MODEL.META_ARCHITECTURE)
         for branch in node.BRANCHES:
-            _choice("BRANCHES", branch, _BRANCHES)
+            choice("BRANCHES", branch, _BRANCHES)
         if "pred.cls" not in student_keys or "pred.cls" not in teacher_keys:
             raise ValueError(
                 "CrossKD needs a dense detector with towers (e.g. GFL, RetinaNet, FCOS, ATSS) as "
                 "student and as teacher"
             )
         ctr = student_keys["pred.ctr"].signature[0] if "pred.ctr" in student_keys else "none"
+        num_stages = {b: num_tower_stages(student_keys, tap) for b, tap in _BRANCHES.items()}
         return {
             "preset": preset,
-            "positions": {b: own[b] if own[b] >= 0 else common for b in node.BRANCHES},
-            "num_stages": {b: _num_stages(student_keys, tap) for b, tap in _BRANCHES.items()},
+            "positions": _positions(node, preset, num_stages),
+            "num_stages": num_stages,
             "centerness_branch": {v: k for k, v in _BRANCHES.items()}.get(ctr, "none"),
             "modes": node.MODES,
             "strategy": node.STRATEGY,
@@ -138,31 +141,15 @@ class CrossKD(Distiller):
             "cls_gamma": node.CLS_GAMMA,
             "cls_region": node.CLS_REGION,
             "reg_tau": node.REG_TAU,
-            "reg_region": reg_region,
             "detach_target": node.DETACH_TARGET,
         }
-
-    @staticmethod
-    def _preset(node, meta_architecture: str) -> Tuple[Preset, str]:
-        """Official values of the detector with the node's own values put over them."""
-        literal = _choice("PRESET", node.PRESET, ("official", "paper")) == "paper"
-        preset = find_preset(meta_architecture)
-        values = {
-            "cls_weight": node.CLS_WEIGHT,
-            "reg_weight": node.REG_WEIGHT,
-            "ctr_weight": node.CTR_WEIGHT,
-        }
-        preset = replace(preset, **{k: v for k, v in values.items() if v >= 0})
-        if node.REG_LOSS:
-            preset = replace(preset, reg_loss=node.REG_LOSS)
-        name = node.NORMALIZER or ("region" if literal else "official")
-        if _choice("NORMALIZER", name, ("official", "region", "ema")) != "official":
-            preset = replace(preset, cls_normaliser=name, reg_normaliser=name, ctr_normaliser=name)
-        return preset, node.REG_REGION or ("fg" if literal else "teacher")
 
     # ------------------------------------------------------------------------ declarations
     def _crosses(self, branch: str) -> bool:
         return self.positions[branch] <= self.num_stages[branch]
+
+    def _prefix(self, mode: str) -> str:
+        return "mimic_" if mode == "mimic" and len(self.modes) > 1 else ""
 
     def _weights(self) -> Dict[str, float]:
         factors = {
@@ -172,11 +159,10 @@ class CrossKD(Distiller):
         }
         result = {}
         for mode in self.modes:
-            prefix = "mimic_" if mode == "mimic" and len(self.modes) > 1 else ""
             for outputs in self._outputs.values():
                 for output in outputs:
                     name, weight = factors[output]
-                    result[prefix + name] = weight
+                    result[self._prefix(mode) + name] = weight
         return result
 
     def _tap_key(self, branch: str) -> str:
@@ -188,52 +174,46 @@ class CrossKD(Distiller):
         crossing = "cross" in self.modes
         return [self._tap_key(b) for b in self.positions if crossing and self._crosses(b)]
 
+    def _predictions(self) -> List[str]:
+        return [f"pred.{o}" for outputs in self._outputs.values() for o in outputs]
+
     def _student_needs(self) -> List[str]:
-        outputs = [f"pred.{o}" for outputs in self._outputs.values() for o in outputs]
-        return ["assign", "anchors", "codec"] + outputs + self._features()
+        return ["assign", "anchors", "codec"] + self._predictions() + self._features()
 
     def _teacher_needs(self) -> List[str]:
-        outputs = [f"pred.{o}" for outputs in self._outputs.values() for o in outputs]
-        return ["pred.cls", "codec"] + outputs + self._features()
+        return ["pred.cls", "codec"] + self._predictions() + self._features()
 
     def validate(self, student_keys, teacher_keys):
+        # first, because its errors say more than that a key is missing
+        check_pair(student_keys, teacher_keys, self._features())
         super().validate(student_keys, teacher_keys)
-        sides = student_keys, teacher_keys
-        for branch, tap in _BRANCHES.items():
-            stages = [_num_stages(keys, tap) for keys in sides]
-            if stages[0] != stages[1]:
-                raise ValueError(
-                    f"CrossKD needs towers of equal length; branch '{branch}' has {stages[0]} "
-                    f"stages in the student and {stages[1]} in the teacher (NUM_CONVS)"
-                )
-        for key in self._features() + ["anchors", "codec", "pred.cls", "pred.box"]:
-            require_equal("CrossKD", key, *sides)
-        # the moved feature must fit the tail of the other head, also where nothing is tapped
-        if any("pred.ctr" in keys for keys in sides):
-            centerness = [k["pred.ctr"].signature if "pred.ctr" in k else None for k in sides]
-            if centerness[0] != centerness[1]:
-                raise ValueError(
-                    "CrossKD needs the centerness on the same branch of both heads; student "
-                    f"{centerness[0]}, teacher {centerness[1]}"
-                )
+        box_dim = dict(student_keys["codec"].signature[1:]).get("box_dim", 4)
+        if "reg" in self.positions and self.preset.reg_loss == "kl" and box_dim <= 4:
+            raise ValueError(
+                'KD.CROSSKD.REG_LOSS "kl" compares distributions of box sides (GFL), but the '
+                f"student predicts {box_dim} numbers per box; use giou or iou_log"
+            )
 
     # ----------------------------------------------------------------------------- compute
     def compute(self, ctx) -> Dict[str, torch.Tensor]:
         student = ctx.student
         positions = Positions(
-            student.model, student["anchors"], student["assign"], self.preset.masked
+            student.model,
+            student["anchors"],
+            student["assign"],
+            ctx.image_sizes,
+            self.preset.masked,
         )
         dims = self._dims(student)
         teacher_cls = _flat(ctx.teacher["pred.cls"], dims["cls"])
         terms = {}
         for mode in self.modes:
-            prefix = "mimic_" if mode == "mimic" and len(self.modes) > 1 else ""
             for branch, outputs in self._outputs.items():
                 predictions, targets = self._pair(ctx, branch, outputs, mode)
                 for output in outputs:
                     pair = [_flat(x[output], dims[output]) for x in (predictions, targets)]
                     name, value = self._term(output, pair, positions, teacher_cls, student)
-                    terms[prefix + name] = value
+                    terms[self._prefix(mode) + name] = value
         return terms
 
     @staticmethod
@@ -296,6 +276,23 @@ def _normalised(losses, weights, positions, normaliser: str) -> torch.Tensor:
     return (losses * weights).sum() / NORMALISERS[normaliser](positions, weights)
 
 
-def _num_stages(keys, tap_branch: str) -> int:
-    stages = [Key.parse(key).index for key in keys if key.startswith(f"head.{tap_branch}[")]
-    return max((stage for stage in stages if stage), default=0)
+def _positions(node, preset: Preset, num_stages: Mapping[str, int]) -> Dict[str, int]:
+    """Return i of each distilled branch.
+
+    Raises:
+        ValueError: no position is set and the preset's is not inside the tower. It would be
+            rejected, or in a tower one stage shorter taken for prediction mimicking.
+    """
+    own = {"cls": node.POSITION_CLS, "reg": node.POSITION_REG}
+    result = {}
+    for branch in node.BRANCHES:
+        position = option(f"POSITION_{branch.upper()}", own[branch])
+        result[branch] = preset.position if position is None else position
+        if position is None and node.POSITION == -1 and preset.position > num_stages[branch]:
+            raise ValueError(
+                f"KD.CROSSKD.POSITION is not set; the preset's {preset.position} needs towers of "
+                f"as many stages, but branch '{branch}' has {num_stages[branch]} (NUM_CONVS). Set "
+                f"it to 0..{num_stages[branch]}, or to {num_stages[branch] + 1} for prediction "
+                "mimicking"
+            )
+    return result
