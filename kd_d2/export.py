@@ -23,7 +23,14 @@ from detectron2.modeling import (
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from kd_d2.checkpoint import KDCheckpointer, KeyReport, atomic_save, atomic_write, load_yaml_config
+from kd_d2.checkpoint import (
+    KDCheckpointer,
+    KeyReport,
+    MissingFileError,
+    atomic_save,
+    atomic_write,
+    load_yaml_config,
+)
 from kd_d2.checkpoint.report import below
 from kd_d2.config import CONFIG_NODES, add_kd_config, get_cfg
 
@@ -99,7 +106,7 @@ def export_student(cfg: CfgNode, weights: str, output: str, safetensors: bool = 
         summary.
 
     Raises:
-        FileNotFoundError: ``weights`` does not exist.
+        MissingFileError: ``weights`` does not exist.
         ValueError: its keys do not fit the model, the folder is that of a training run, or what
             was read back differs.
         ImportError: ``safetensors`` without the package.
@@ -168,13 +175,13 @@ def find_checkpoint(path: str) -> str:
     """``path``, or the last checkpoint of the training run if it is a folder.
 
     Raises:
-        FileNotFoundError: the folder has no ``last_checkpoint``.
+        MissingFileError: the folder has no ``last_checkpoint``.
     """
     if not os.path.isdir(path):
         return path
     tag = os.path.join(path, "last_checkpoint")
     if not os.path.isfile(tag):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} has no file last_checkpoint: give the checkpoint itself as --weights."
         )
     with open(tag) as file:

@@ -15,6 +15,7 @@ import os
 import sys
 from typing import Optional, Sequence
 
+from kd_d2.checkpoint import MissingFileError
 from kd_d2.export import CONFIG_NAME, Export, export_student, find_checkpoint
 
 
@@ -70,7 +71,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> Export:
     """Export as the command line says.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: see :func:`kd_d2.export.export_student`.
+        ValueError, ImportError: see :func:`kd_d2.export.export_student`.
     """
     # Imported here: --help is quick, and the projects register their components.
     from kd_d2.engine.main import build_config
@@ -79,7 +80,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> Export:
     weights = find_checkpoint(args.weights)
     config_file = args.config_file or os.path.join(os.path.dirname(weights), CONFIG_NAME)
     if not os.path.isfile(config_file):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"There is no {config_file}: give the config of the run as --config-file."
         )
     export = export_student(

@@ -9,11 +9,17 @@ from kd_d2.checkpoint.safe_config import (
     read_config_file,
     unsafe_load_requested,
 )
-from kd_d2.checkpoint.safe_load import UNSAFE_KEY, file_sha256, load_checkpoint_file
+from kd_d2.checkpoint.safe_load import (
+    UNSAFE_KEY,
+    MissingFileError,
+    file_sha256,
+    load_checkpoint_file,
+)
 
 __all__ = [
     "KDCheckpointer",
     "KeyReport",
+    "MissingFileError",
     "UNSAFE_KEY",
     "atomic_save",
     "atomic_write",

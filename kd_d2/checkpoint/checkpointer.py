@@ -17,7 +17,7 @@ from torch import nn
 
 from kd_d2.checkpoint.atomic import atomic_save, atomic_write, remove_stale
 from kd_d2.checkpoint.report import KeyReport, is_exempt
-from kd_d2.checkpoint.safe_load import is_intact, load_checkpoint_file
+from kd_d2.checkpoint.safe_load import MissingFileError, is_intact, load_checkpoint_file
 
 __all__ = ["KDCheckpointer"]
 
@@ -108,14 +108,14 @@ class KDCheckpointer(DetectionCheckpointer):
             what the file holds beyond those.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            MissingFileError: there is no such file.
             ValueError: the file is damaged or holds no state dict, or needs code to be run.
         """
         self.last_report = None
         if path:
             file = self.path_manager.get_local_path(urlparse(path)._replace(query="").geturl())
             if not os.path.isfile(file):
-                raise FileNotFoundError(f"Checkpoint {path} does not exist: check MODEL.WEIGHTS.")
+                raise MissingFileError(f"Checkpoint {path} does not exist: check MODEL.WEIGHTS.")
         try:
             return super().load(path, checkpointables)
         finally:

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode, downgrade_config, upgrade_config
 from detectron2.config.compat import guess_version
 from detectron2.utils.file_io import PathManager
 
-from kd_d2.checkpoint.safe_load import UNSAFE_KEY
+from kd_d2.checkpoint.safe_load import UNSAFE_KEY, MissingFileError
 
 __all__ = ["load_yaml_config", "merge_opts", "read_config_file", "unsafe_load_requested"]
 
@@ -34,7 +34,7 @@ def read_config_file(path: str, allow_unsafe: bool = False) -> Dict[str, Any]:
         nested dict, without ``_BASE_``.
 
     Raises:
-        FileNotFoundError: the file, or one of its bases, does not exist.
+        MissingFileError: the file, or one of its bases, does not exist.
         ValueError: no valid YAML, not a mapping, a Python tag, a base that includes itself, or a
             key that is a node in one file and a value in the other.
     """
@@ -53,7 +53,7 @@ def load_yaml_config(cfg: CfgNode, path: str, allow_unsafe: bool = False) -> Non
         allow_unsafe: see :func:`read_config_file`.
 
     Raises:
-        FileNotFoundError: see :func:`read_config_file`.
+        MissingFileError: see :func:`read_config_file`.
         ValueError: as there; or a key that ``cfg`` lacks (all are listed, with the closest ones
             it has), a value of another type than the present one, or a VERSION from the future.
     """
@@ -133,7 +133,7 @@ def _read(path: str, allow_unsafe: bool, above: Tuple[str, ...]) -> Dict[str, An
         raise ValueError(f"{path} includes itself through {_BASE_KEY}: {' -> '.join(above)}.")
     if not PathManager.isfile(path):
         by = f", named as {_BASE_KEY} in {above[-1]}," if above else ""
-        raise FileNotFoundError(f"Config file {path}{by} does not exist.")
+        raise MissingFileError(f"Config file {path}{by} does not exist.")
     config = _read_one(path, allow_unsafe)
     bases = config.pop(_BASE_KEY, [])
     merged: Dict[str, Any] = {}

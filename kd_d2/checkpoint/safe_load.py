@@ -12,12 +12,16 @@ from detectron2.utils.file_io import PathManager
 
 from kd_d2.checkpoint.restricted_pickle import ForbiddenGlobal, restricted_load
 
-__all__ = ["UNSAFE_KEY", "file_sha256", "is_intact", "load_checkpoint_file"]
+__all__ = ["MissingFileError", "UNSAFE_KEY", "file_sha256", "is_intact", "load_checkpoint_file"]
 
 # The override that every refusal names.
 UNSAFE_KEY = "KD.ALLOW_UNSAFE_LOAD"
 
 _logger = logging.getLogger(__name__)
+
+
+class MissingFileError(FileNotFoundError, ValueError):
+    """A file named by the user does not exist: wrong input like any other ``ValueError``."""
 
 
 class _Refused(ValueError):
@@ -42,13 +46,13 @@ def load_checkpoint_file(path: str, allow_unsafe: bool = False) -> Any:
         what was saved, usually a dict; not checked further.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        MissingFileError: there is no such file.
         ValueError: the file is truncated or damaged, or it needs more than the above; the message
             names the file, the offending global and the key that goes on.
         ImportError: the file is ``.safetensors`` and the package is not installed.
     """
     if not PathManager.isfile(path):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"Checkpoint {path} does not exist: check the path given as MODEL.WEIGHTS, "
             "KD.TEACHER.WEIGHTS or on the command line."
         )

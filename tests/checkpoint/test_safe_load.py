@@ -212,7 +212,7 @@ class TestTorch:
             load_checkpoint_file(str(tmp_path / "a.pth"))
 
     def test_missing(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        with pytest.raises(ValueError, match=r"nowhere\.pth"):
             load_checkpoint_file(str(tmp_path / "nowhere.pth"))
         assert not is_intact(str(tmp_path / "nowhere.pth"))
 
