@@ -6,6 +6,7 @@ detectors have 3 classes, a ResNet-18 and pyramids of 32 channels, random weight
 """
 
 import contextlib
+import copy
 import json
 import os
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -165,11 +166,19 @@ def tiny_model(meta_arch: str, seed: int = 0, **overrides: Any) -> nn.Module:
     The head's weights are drawn with a larger deviation than the usual 0.01 and per-level scales
     differ, so that predictions depend visibly on every layer.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_model(tiny_cfg(meta_arch, **overrides))
-        _make_predictions_lively(model)
-    return model.train()
+    key = repr((meta_arch, seed, sorted(overrides.items())))
+    if key not in _PROTOTYPES:
+        if len(_PROTOTYPES) >= 6:  # 50 MB each
+            _PROTOTYPES.pop(next(iter(_PROTOTYPES)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            _PROTOTYPES[key] = build_model(tiny_cfg(meta_arch, **overrides)).train()
+            _make_predictions_lively(_PROTOTYPES[key])
+    return copy.deepcopy(_PROTOTYPES[key])
+
+
+# Building and initialising takes ten times as long as copying.
+_PROTOTYPES: Dict[str, nn.Module] = {}
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Tap of one-stage detectors: Detectron2's ``DenseDetector`` and everything derived from it."""
 
-from typing import Any, Dict, Iterable, List, Set
+import contextlib
+from typing import Any, Dict, Iterable, Iterator, List, Set
 
 import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -20,6 +21,26 @@ _ACTIVATIONS = tuple(
 def stage_ends(tower: nn.Sequential) -> List[int]:
     """Return the indices of the activations of ``tower``: a stage ends with its activation."""
     return [i for i, module in enumerate(tower) if isinstance(module, _ACTIVATIONS)]
+
+
+@contextlib.contextmanager
+def _kept_statistics(modules: nn.Module) -> Iterator[None]:
+    """Batch norms of ``modules`` that are in training mode normalise as ever inside the block, but
+    leave their running statistics alone."""
+    norms = [
+        m
+        for m in modules.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+    ]
+    before = [(m.track_running_stats, m.momentum) for m in norms]
+    try:
+        for norm in norms:
+            # the momentum is for Detectron2's NaiveSyncBatchNorm, which does not ask for the other
+            norm.track_running_stats, norm.momentum = False, 0.0
+        yield
+    finally:
+        for norm, (tracked, momentum) in zip(norms, before):
+            norm.track_running_stats, norm.momentum = tracked, momentum
 
 
 def codec_signature(codec: Any) -> tuple:
@@ -152,7 +173,8 @@ class DenseTap(Tap):
         """Run the head from behind stage ``start`` to its predictions, in the caller's grad mode.
 
         Gradients cross the layers (frozen ones, too) into ``level_features``; per-level scales of
-        ``model`` are applied.
+        ``model`` are applied. Running statistics of batch norms stay as they are: ``model`` may be
+        the student, and the features another network's.
 
         Args:
             branch: "cls" or "box".
@@ -179,10 +201,11 @@ class DenseTap(Tap):
             raise ValueError(f"start must lie in 0..{len(ends)}, got {start}")
         rest = tower[ends[start - 1] + 1 if start else 0 :]
         result: Dict[str, List[torch.Tensor]] = {}
-        for level, feature in enumerate(level_features):
-            predictions = self._predict(model, branch, rest(feature), level)
-            for name, value in predictions.items():
-                result.setdefault(name, []).append(value)
+        with _kept_statistics(rest):
+            for level, feature in enumerate(level_features):
+                predictions = self._predict(model, branch, rest(feature), level)
+                for name, value in predictions.items():
+                    result.setdefault(name, []).append(value)
         return result
 
     def _predict(self, model, branch, feature, level) -> Dict[str, torch.Tensor]:
