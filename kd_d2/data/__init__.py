@@ -2,9 +2,10 @@
 
 from .checks import check_datasets, dataset_classes, drop_unusable_annotations
 from .datasets import dataset_root, register_all
-from .digit_scenes import DigitScenesParams, build_digit_scenes, digit_scenes_paths
+from .digit_scenes import build_digit_scenes, digit_scenes_paths
 from .loader import ResumableTrainLoader, build_sample_loader, build_test_loader, build_train_loader
 from .mappers import NamingMapper, RobustDataset
+from .scenes import DigitScenesParams
 
 __all__ = [
     "DigitScenesParams",

@@ -19,7 +19,8 @@ from detectron2.data.datasets.pascal_voc import load_voc_instances
 from .bdd100k import BDD100K_CLASSES, load_bdd100k_json
 from .checks import explain_coco_json, missing_files
 from .digit_scenes import CLASS_NAMES as DIGIT_CLASSES
-from .digit_scenes import DigitScenesParams, build_digit_scenes, digit_scenes_paths
+from .digit_scenes import build_digit_scenes, digit_scenes_paths
+from .scenes import DigitScenesParams
 
 __all__ = ["BCCD_CLASSES", "dataset_root", "load_checked_coco_json", "register_all"]
 

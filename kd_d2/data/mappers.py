@@ -41,7 +41,9 @@ class RobustDataset(Dataset):
     Bad is an image for which the mapper raises: the file is missing or corrupt, its size (after
     the rotation that its EXIF data ask for) is not the annotated one, or its annotations are
     malformed. A mapper that returns None skips the image silently, as Detectron2 allows.
-    The stand-in is the image after it in the data set, so it is the same in every run.
+    The stand-in is the image after it in the data set, so it is the same in every run. Images
+    of one channel, with a palette or with alpha (which is ignored) are good ones; of 16 bits per
+    channel too, but Pillow clips their values at 255, so convert them beforehand.
 
     Used in place of Detectron2's ``MapDataset``, with which it agrees on good images; no random
     number is drawn here. Counts are those of one process, i.e. of one worker of a data loader.

@@ -193,6 +193,11 @@ def test_check_datasets(cfg, tmp_path, coco_folder):
     register_all(root=str(tmp_path))
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("digit_scenes_train",), ("digit_scenes_val",)
     check_datasets(cfg)  # generated when needed, hence never missing
+    cfg.DATASETS.TRAIN = ("bccd_trainval",)
+    check_datasets(cfg, train=False)
+    with pytest.raises(FileNotFoundError, match="bccd_trainval"):
+        check_datasets(cfg)
+    cfg.DATASETS.TRAIN = ()
     cfg.DATASETS.TEST = ("digit_scene_val",)
     with pytest.raises(ValueError, match="DATASETS.TEST .*'digit_scene_val'.*digit_scenes_val"):
         check_datasets(cfg)

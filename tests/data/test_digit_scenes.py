@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import time
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from kd_d2.data import (
     dataset_classes,
 )
 from kd_d2.data import digit_scenes as module
-from kd_d2.data import digit_scenes_paths, register_all
+from kd_d2.data import digit_scenes_paths, register_all, scenes
 
 SMALL = dict(num_train=6, num_val=3, image_size=64, digit_size=(16, 40), seed=5)
 # sha256 of the JSON files and of all files with the parameters SMALL.
@@ -28,7 +29,7 @@ FROZEN_ALL = "35c8b3ad1c75f84fbc5d2a3eb6a73fd4561dae8251fcf924545e1a506bad59d8"
 
 @pytest.fixture(scope="module")
 def material():
-    return module.load_material()
+    return scenes.load_material()
 
 
 def files_of(folder):
@@ -60,7 +61,7 @@ def test_boxes_are_tight_around_the_visible_pixels(material, split):
     params = DigitScenesParams(digits_per_image=(3, 8), image_size=96)
     hidden_somewhere = 0
     for index in range(15):
-        scene = module.render_scene(params, split, index, material[split])
+        scene = scenes.render_scene(params, split, index, material[split])
         assert len(scene.boxes) == len(scene.digits) >= 1
         for mask, box, digit in zip(visible_masks(scene, 96), scene.boxes, scene.digits):
             ys, xs = np.nonzero(mask)
@@ -77,8 +78,8 @@ def test_pixels_are_background_or_one_colour_per_digit(material):
     params = DigitScenesParams(digits_per_image=(4, 4))
     empty = DigitScenesParams(digits_per_image=(0, 0))
     for index in range(5):
-        scene = module.render_scene(params, "train", index, material["train"])
-        background = module.render_scene(empty, "train", index, material["train"])
+        scene = scenes.render_scene(params, "train", index, material["train"])
+        background = scenes.render_scene(empty, "train", index, material["train"])
         assert not background.digits and background.image.max() <= 255 * 50 // 100
         touched = np.zeros((128, 128), dtype=int)
         opaque = np.full((128, 128), -1)
@@ -101,7 +102,7 @@ def test_pixels_are_background_or_one_colour_per_digit(material):
 @pytest.mark.parametrize("side, degrees", [(20, 0), (33, 17), (64, -20), (47, 90)])
 def test_drawn_digit_equals_floating_point_interpolation(side, degrees):
     sample = load_digits().images[3]
-    alpha = module._draw_digit(sample.astype(np.int64), side, degrees)
+    alpha = scenes._draw_digit(sample.astype(np.int64), side, degrees)
     size = alpha.shape[0]
     assert size >= side * (abs(math.cos(math.radians(degrees))))
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -123,7 +124,7 @@ def test_drawn_digit_equals_floating_point_interpolation(side, degrees):
 
 def test_splits_share_neither_digits_nor_photographs(material):
     targets = load_digits().target
-    split = module.split_digits(targets)
+    split = scenes.split_digits(targets)
     train, val = np.concatenate(split["train"]), np.concatenate(split["val"])
     assert not set(train) & set(val)
     assert sorted(np.concatenate([train, val])) == list(range(1797))
@@ -138,11 +139,11 @@ def test_splits_share_neither_digits_nor_photographs(material):
 
 
 def test_draws_are_uniform_and_include_both_ends():
-    draws = module._Draws(1, 2, 3)
+    draws = scenes._Draws(1, 2, 3)
     counts = np.bincount([draws.between(2, 6) for _ in range(5000)], minlength=8)
     assert counts[:2].sum() == 0 and counts[7] == 0
     assert (abs(counts[2:7] - 1000) < 150).all()
-    assert module._Draws(1, 2, 3).between(0, 10**6) == module._Draws(1, 2, 3).between(0, 10**6)
+    assert scenes._Draws(1, 2, 3).between(0, 10**6) == scenes._Draws(1, 2, 3).between(0, 10**6)
 
 
 def test_files_are_the_same_bytes_everywhere(tmp_path):
@@ -158,7 +159,7 @@ def test_files_are_the_same_bytes_everywhere(tmp_path):
     hashes = [
         hashlib.sha256(np.ascontiguousarray(i)).hexdigest() for i in load_sample_images().images
     ]
-    if tuple(hashes) == module.PHOTOGRAPH_HASHES:  # the usual JPEG decoder
+    if tuple(hashes) == scenes.PHOTOGRAPH_HASHES:  # the usual JPEG decoder
         assert json.loads(contents["manifest.json"])["sha256"] == FROZEN_ALL
 
 
@@ -170,7 +171,7 @@ def test_files_decode_to_the_rendered_scenes(tmp_path, material):
     content = json.load(open(paths.train_json))
     assert [c["name"] for c in content["categories"]] == list("0123456789")
     for index, image in enumerate(content["images"]):
-        scene = module.render_scene(params, "train", index, material["train"])
+        scene = scenes.render_scene(params, "train", index, material["train"])
         with Image.open(os.path.join(paths.train_images, image["file_name"])) as file:
             assert file.format == "PNG" and file.mode == "RGB"
             assert np.array_equal(np.asarray(file), scene.image)
@@ -186,11 +187,11 @@ def test_a_scene_depends_on_its_index_and_seed_only(tmp_path, material):
     few, many = DigitScenesParams(num_train=1), DigitScenesParams(num_train=500)
     other = DigitScenesParams(seed=1)
     images = [
-        module.render_scene(p, "train", 7, material["train"]).image for p in (few, many, other)
+        scenes.render_scene(p, "train", 7, material["train"]).image for p in (few, many, other)
     ]
     assert np.array_equal(images[0], images[1])
     assert not np.array_equal(images[0], images[2])
-    assert len({few.key(), many.key(), other.key()}) == 3
+    assert len({digit_scenes_paths("", p).directory for p in (few, many, other)}) == 3
 
 
 def damage_image(paths):
@@ -221,6 +222,18 @@ def test_complete_folder_is_used_as_it_is(tmp_path, monkeypatch):
     paths = build_digit_scenes(str(tmp_path), progress=False, **SMALL)
     monkeypatch.setattr(module, "_generate", lambda *_: pytest.fail("generated again"))
     assert build_digit_scenes(str(tmp_path), progress=False, **SMALL) == paths
+
+
+def test_folders_of_killed_processes_are_removed_in_time(tmp_path):
+    parent = tmp_path / "digit_scenes"
+    for name, age in (("old", 7200), ("new", 60)):
+        folder = parent / f".generating.{name}" / "train"
+        folder.mkdir(parents=True)
+        (folder / "000001.png").write_bytes(b"")
+        os.utime(folder, (time.time() - age,) * 2)
+    build_digit_scenes(str(tmp_path), progress=False, **SMALL)
+    left = [name for name in os.listdir(parent) if name.startswith(".")]
+    assert left == [".generating.new"]
 
 
 def test_failure_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
@@ -305,7 +318,7 @@ def test_loaded_boxes_and_classes_are_those_of_the_scenes(cfg, tmp_path, materia
         setattr(cfg.DATASETS.DIGIT_SCENES, key.upper(), value)
     register_all(cfg, str(tmp_path))
     for index, record in enumerate(DatasetCatalog.get("digit_scenes_val")):
-        scene = module.render_scene(DigitScenesParams(**SMALL), "val", index, material["val"])
+        scene = scenes.render_scene(DigitScenesParams(**SMALL), "val", index, material["val"])
         assert (record["height"], record["width"]) == (64, 64)
         loaded = [(a["category_id"], tuple(a["bbox"])) for a in record["annotations"]]
         assert loaded == [(d.digit, box) for d, box in zip(scene.digits, scene.boxes)]
