@@ -42,6 +42,15 @@ def label_boxes(
     return result
 
 
+def _with_gt_boxes(proposals: Instances) -> Instances:
+    """Sampled proposals; Detectron2 sets no ``gt_boxes`` on images without ground truth."""
+    if proposals.has("gt_boxes"):
+        return proposals
+    result = Instances(proposals.image_size, **proposals.get_fields())
+    result.gt_boxes = Boxes(torch.zeros_like(proposals.proposal_boxes.tensor))
+    return result
+
+
 class _BoxBranchRegistry(Registry):
     def register_for(self, roi_heads: type):
         def register(branch: type) -> type:
@@ -87,7 +96,7 @@ class _StandardBranch:
         return {"roi_heads"}
 
     def read_proposals(self, store: TapStore, stage: int) -> List[Instances]:
-        return store.single("roi_heads").output[0]
+        return [_with_gt_boxes(p) for p in store.single("roi_heads").output[0]]
 
     def pooled(self, store: TapStore, stage: int) -> torch.Tensor:
         return store.calls(self.pooler_path)[stage].output

@@ -272,7 +272,9 @@ class Tap:
         raise NotImplementedError
 
     def run_rois(self, model, features, boxes: List[Boxes], keys: List[Key]) -> Dict[str, Any]:
-        raise ValueError(f"{type(model).__name__} has no RoI head: roi.* keys need a two-stage model")
+        raise ValueError(
+            f"{type(model).__name__} has no RoI head: roi.* keys need a two-stage model"
+        )
 
     def rest_of_head(
         self, model: nn.Module, branch: str, start: int, level_features: List[torch.Tensor]

@@ -325,7 +325,7 @@ def test_assign_equals_what_the_training_forward_used(variant, monkeypatch):
     monkeypatch.setattr(model, "label_anchors", spy)
     batch = _batch(num_gt=(4, 0))
     _, seen = _observe(model, batch=batch)
-    (anchors, (labels, boxes)), = used
+    ((anchors, (labels, boxes)),) = used
     normalizer = getattr(model, "loss_normalizer", None)
     with EventStorage() as storage:
         assignment = seen["assign"]

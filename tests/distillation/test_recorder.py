@@ -42,7 +42,12 @@ def _levels():
 
 
 def _num_hooks(model):
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
+    kinds = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_forward_hooks_with_kwargs",
+    )
     return sum(len(getattr(m, kind)) for m in model.modules() for kind in kinds)
 
 

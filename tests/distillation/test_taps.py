@@ -9,8 +9,9 @@ from torch import nn
 from kd_d2.distillation import KD_TAPS, Assignment, Key, KeyInfo, build_tap
 from kd_d2.distillation.dense_tap import DenseTap
 from kd_d2.distillation.rcnn_tap import RCNNTap
-from tests.fixtures import FAMILIES, TWO_STAGE, tiny_model
+from tests.fixtures import FAMILIES, TWO_STAGE
 from tests.fixtures import tiny_batch as _any_batch
+from tests.fixtures import tiny_model
 
 
 def tiny_batch(**kwargs):
