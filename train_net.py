@@ -5,22 +5,18 @@ The options are those of Detectron2's ``tools/train_net.py``; ``torchrun train_n
 as well. Without a GPU everything runs on the CPU (``--num-gpus`` is then a number of processes).
 """
 
-import sys
-
 from detectron2.engine import default_argument_parser
 
 from kd_d2.engine.launch import launch
-from kd_d2.engine.main import build_config, main
+from kd_d2.engine.main import check, run, short_errors
 
 
 def cli() -> None:
     args = default_argument_parser().parse_args()
-    try:
+    with short_errors():
         # a mistake in the config is reported here, once, and before any process is started
-        build_config(args.config_file, args.opts)
-    except ValueError as error:
-        sys.exit(f"{sys.argv[0]}: error: {error}")
-    launch(main, args, main_args=(args,))
+        cfg = check(args)
+    launch(run, args, main_args=(args,), device=cfg.MODEL.DEVICE)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Side effects of training that belong to distillation."""
 
 import logging
+import math
 import os
 
 import torch
@@ -45,7 +46,8 @@ class TeacherEvaluation(HookBase):
             if ap is None:
                 continue
             logger.info(f"teacher AP on {name} (at most {self._num_images} images): {ap:.2f}")
-            self.trainer.storage.put_scalar(f"teacher/{name}/AP", ap, smoothing_hint=False)
+            if math.isfinite(ap):  # not without any prediction; JSON has no NaN
+                self.trainer.storage.put_scalar(f"teacher/{name}/AP", ap, smoothing_hint=False)
             if not ap >= self.MIN_AP:
                 logger.warning(
                     f"THE TEACHER'S AP ON {name} IS {ap:.2f}: it has nothing to teach. Check "

@@ -1,28 +1,47 @@
 """What ``train_net.py`` does: read the config, check it, train or evaluate."""
 
 import argparse
+import ast
+import contextlib
+import hashlib
 import importlib
 import importlib.util
 import logging
 import os
 import pkgutil
 import sys
-from typing import Iterable, List
+from typing import Callable, Iterable, Iterator, List
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import kd_d2.projects
-from kd_d2.checkpoint import KDCheckpointer, load_yaml_config, merge_opts, read_config_file
+from kd_d2.checkpoint import (
+    KDCheckpointer,
+    load_yaml_config,
+    merge_opts,
+    read_config_file,
+    unsafe_load_requested,
+)
 from kd_d2.config import get_cfg
 from kd_d2.data import check_datasets, register_all
 
 from .trainer import KDTrainer
 
-__all__ = ["build_config", "import_components", "main", "setup"]
+__all__ = [
+    "build_config",
+    "check",
+    "import_components",
+    "main",
+    "prepare",
+    "run",
+    "setup",
+    "short_errors",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +65,11 @@ def build_config(config_file: str = "", opts: Iterable[str] = ()) -> CfgNode:
 
     Raises:
         ValueError: unreadable file, unknown key, value of a wrong type, missing module.
+        FileNotFoundError: the file, or one that it is based on, does not exist.
     """
     opts = list(opts)
     import_components()
-    allow_unsafe = _option(opts, "KD.ALLOW_UNSAFE_LOAD", "False") == "True"
+    allow_unsafe = unsafe_load_requested(opts)
     raw = read_config_file(config_file, allow_unsafe=allow_unsafe) if config_file else {}
     base_dir = os.path.dirname(os.path.abspath(config_file)) if config_file else os.getcwd()
     for name in _imports(raw, opts):
@@ -62,7 +82,7 @@ def build_config(config_file: str = "", opts: Iterable[str] = ()) -> CfgNode:
     if node.CONFIG_FILE:
         node.CONFIG_FILE = _absolute(node.CONFIG_FILE, base_dir)
     cfg.KD.IMPORTS = tuple(
-        os.path.join(base_dir, name) if name.endswith(".py") else name for name in cfg.KD.IMPORTS
+        _absolute(name, base_dir) if name.endswith(".py") else name for name in cfg.KD.IMPORTS
     )
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -78,15 +98,16 @@ def _absolute(path: str, base_dir: str) -> str:
     return os.path.abspath(beside_config)
 
 
-def _option(opts: List[str], key: str, default):
-    return next((v for k, v in zip(opts[0::2], opts[1::2]) if k == key), default)
-
-
 def _imports(raw: dict, opts: List[str]) -> List[str]:
-    value = _option(opts, "KD.IMPORTS", None)
-    if value is None:
-        return list((raw.get("KD") or {}).get("IMPORTS") or ())
-    return [name.strip(" '\"") for name in value.strip("()[] ").split(",") if name.strip(" '\"")]
+    """``KD.IMPORTS``, needed before there is a config that it could be merged into."""
+    given = [value for key, value in zip(opts[0::2], opts[1::2]) if key == "KD.IMPORTS"]
+    value = given[-1] if given else (raw.get("KD") or {}).get("IMPORTS") or ()
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass  # a name without quotes; YAML knows no tuples, so ("a", "b") is a string there
+    return [value] if isinstance(value, str) else list(value)
 
 
 def _import_user_module(name: str, base_dir: str) -> None:
@@ -96,12 +117,14 @@ def _import_user_module(name: str, base_dir: str) -> None:
         except ModuleNotFoundError as error:
             raise ValueError(f"KD.IMPORTS names module '{name}': {error}") from error
         return
-    path = name if os.path.isabs(name) else os.path.join(base_dir, name)
-    module_name = "kd_d2_user_" + os.path.splitext(os.path.basename(path))[0]
-    if module_name in sys.modules:
-        return
+    path = os.path.realpath(_absolute(name, base_dir))
     if not os.path.isfile(path):
         raise ValueError(f"KD.IMPORTS names '{name}', but there is no file {path}")
+    # files of the same name in two folders are two modules
+    digest = hashlib.sha256(path.encode()).hexdigest()[:8]
+    module_name = f"kd_d2_user_{os.path.splitext(os.path.basename(path))[0]}_{digest}"
+    if module_name in sys.modules:
+        return
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
@@ -112,32 +135,94 @@ def _import_user_module(name: str, base_dir: str) -> None:
         raise
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Build the config and set up this process: output folder, loggers, seeds, data sets."""
+def check(args: argparse.Namespace) -> CfgNode:
+    """Build the config and look for its data sets, without setting anything up.
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong, in one sentence; see :func:`build_config`
+            and :func:`kd_d2.data.check_datasets`.
+    """
     cfg = build_config(args.config_file, args.opts)
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_d2", abbrev_name="kd")
-    if cfg.MODEL.DEVICE == "cpu":
-        logger.info("no CUDA device is used: training and evaluation run on the CPU")
     register_all(cfg)
     check_datasets(cfg, train=not args.eval_only)
     return cfg
 
 
-def main(args: argparse.Namespace):
-    """Train or evaluate in this process.
+def setup(args: argparse.Namespace) -> CfgNode:
+    """:func:`check`, then set up this process: output folder, loggers, seeds."""
+    cfg = check(args)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_d2", abbrev_name="kd")
+    if cfg.MODEL.DEVICE == "cpu":
+        logger.info("no CUDA device is used: training and evaluation run on the CPU")
+    return cfg
+
+
+def prepare(args: argparse.Namespace) -> Callable:
+    """Build and load everything; what the user got wrong is found here, before the first step.
 
     Returns:
-        the results of the (last) evaluation.
+        a function without arguments that trains or evaluates and returns the last results.
+
+    Raises:
+        ValueError, FileNotFoundError: config, data, weights or teacher do not fit together.
     """
     cfg = setup(args)
     if args.eval_only:
         model = KDTrainer.build_student(cfg)
-        checkpointer = KDCheckpointer(
-            model, cfg.OUTPUT_DIR, allow_unsafe=cfg.KD.ALLOW_UNSAFE_LOAD
-        )
+        checkpointer = KDCheckpointer(model, cfg.OUTPUT_DIR, allow_unsafe=cfg.KD.ALLOW_UNSAFE_LOAD)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        return KDTrainer.test(cfg, model)
+        return lambda: _evaluate(cfg, model)
     trainer = KDTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    return lambda: _train(trainer)
+
+
+def _evaluate(cfg: CfgNode, model: torch.nn.Module):
+    results = KDTrainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(KDTrainer.test_with_tta(cfg, model))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def _train(trainer: KDTrainer):
+    trainer.train()
+    return getattr(trainer, "_last_eval_results", None)
+
+
+def main(args: argparse.Namespace):
+    """Train or evaluate in this process.
+
+    Args:
+        args: result of Detectron2's ``default_argument_parser``.
+
+    Returns:
+        the results of the (last) evaluation; None if there was none.
+    """
+    return prepare(args)()
+
+
+def run(args: argparse.Namespace):
+    """:func:`main` for the command line, with :func:`short_errors` until training begins."""
+    with short_errors():
+        job = prepare(args)
+    return job()
+
+
+@contextlib.contextmanager
+def short_errors() -> Iterator[None]:
+    """End the process with one message, and no traceback, when the user's input is wrong.
+
+    The environment variable KD_D2_TRACEBACK=1 shows where such an error was found.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError, KeyError) as error:
+        # an unknown name in one of Detectron2's registries is a KeyError; others are our mistakes
+        known = not isinstance(error, KeyError) or "registry" in str(error)
+        if not known or os.environ.get("KD_D2_TRACEBACK") == "1":
+            raise
+        message = error.args[0] if isinstance(error, KeyError) else error
+        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")

@@ -77,9 +77,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
                 "SOLVER.CLIP_GRADIENTS.FULL_MODEL needs CLIP_TYPE 'norm', "
                 f"got '{clip.CLIP_TYPE}'"
             )
-        return FullModelClippedSGD(
-            max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE, **arguments
-        )
+        return FullModelClippedSGD(max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE, **arguments)
     return maybe_add_gradient_clipping(cfg, torch.optim.SGD(**arguments))
 
 

@@ -1,4 +1,4 @@
-"""Random state of a process: captured into plain tensors, restored, or left untouched by a block."""
+"""Random state of a process: captured into plain tensors, restored, kept by a block."""
 
 import contextlib
 import random
@@ -7,7 +7,12 @@ from typing import Dict, Iterator
 import numpy as np
 import torch
 
-__all__ = ["capture_random_state", "preserve_random_state", "restore_random_state"]
+__all__ = [
+    "capture_random_state",
+    "preserve_random_state",
+    "restore_random_state",
+    "seed_random_state",
+]
 
 
 def capture_random_state() -> Dict[str, torch.Tensor]:
@@ -49,6 +54,13 @@ def restore_random_state(state: Dict[str, torch.Tensor]) -> None:
     random.setstate((state["python_version"], words, state["python_gauss"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_random_state(seed: int) -> None:
+    """Seed all generators of :func:`capture_random_state` with one number below 2^32."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """KDTrainer: Detectron2's DefaultTrainer for a student with distillers."""
 
 import logging
+import os
 import sys
 import weakref
 from typing import Any, Dict, List, Optional
@@ -8,8 +9,15 @@ from typing import Any, Dict, List, Optional
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.modeling import build_model
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    hooks,
+)
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
@@ -17,15 +25,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_d2.checkpoint import KDCheckpointer
-from kd_d2.data import build_train_loader
+from kd_d2.data import build_test_loader, build_train_loader
 from kd_d2.distillation import KDModel, Teacher, build_distillers, build_tap, build_teacher
 from kd_d2.distillation.distiller import DISTILLER_REGISTRY
 from kd_d2.evaluation import build_evaluator
 
 from .hooks import TeacherEvaluation
+from .init_student import FrozenStatistics, copy_from_teacher, freeze_prefixes
 from .optimizer import build_optimizer
-from .random_state import preserve_random_state
-from .resume import LoaderRestart, RankStateSnapshot
+from .random_state import preserve_random_state, seed_random_state
+from .resume import LoaderRestart, RankStateSnapshot, RestartedPreciseBN
+from .scaling import auto_scale_workers
 from .train_loop import CheckedAMPTrainer, CheckedSimpleTrainer
 
 __all__ = ["KDTrainer", "RunInfo"]
@@ -64,7 +74,7 @@ class KDTrainer(DefaultTrainer):
         d2_logger = logging.getLogger("detectron2")
         if not d2_logger.isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
 
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -119,6 +129,10 @@ class KDTrainer(DefaultTrainer):
         return facts
 
     # ---------------------------------------------------------------------------- builders
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        return auto_scale_workers(cfg, num_workers)
+
     @classmethod
     def build_student(cls, cfg: CfgNode) -> nn.Module:
         """Return the plain detector; needs no teacher and touches no teacher file."""
@@ -128,14 +142,16 @@ class KDTrainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Return the student, inside a KDModel if ``KD.ENABLED``.
 
-        Teacher and distillers draw their random numbers aside: the student's initial weights and
-        its batches are those of plain training with the same seed.
+        Teacher and distillers draw their random numbers aside, the same ones on every rank: the
+        student's initial weights and its batches are those of plain training with the same seed,
+        and what is random in a teacher or a distiller's buffers is equal on all ranks.
         """
         student = cls.build_student(cfg)
-        _freeze_prefixes(cfg, student)
+        freeze_prefixes(cfg, student)
         if not cfg.KD.ENABLED:
             return student
         with preserve_random_state():
+            seed_random_state(comm.shared_random_seed())
             teacher = build_teacher(cfg) if cls._needs_teacher(cfg) else None
             if teacher is not None:
                 logger.info(f"Teacher: {teacher.describe()}")
@@ -174,6 +190,10 @@ class KDTrainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder=None):
         return build_evaluator(cfg, dataset_name, output_folder)
 
@@ -184,19 +204,25 @@ class KDTrainer(DefaultTrainer):
         Raises:
             ValueError: mixed precision without a GPU, or an unknown SOLVER.AMP.PRECISION.
         """
+        simple, mixed = (
+            (CheckedSimpleTrainer, CheckedAMPTrainer)
+            if cfg.KD.CHECK_FINITE
+            else (SimpleTrainer, AMPTrainer)
+        )
         if not cfg.SOLVER.AMP.ENABLED:
-            return CheckedSimpleTrainer(model, data_loader, optimizer)
+            return simple(model, data_loader, optimizer)
         precisions = {"float16": torch.float16, "bfloat16": torch.bfloat16}
         if cfg.SOLVER.AMP.PRECISION not in precisions:
             raise ValueError(
                 f"SOLVER.AMP.PRECISION must be one of {sorted(precisions)}, "
                 f"got '{cfg.SOLVER.AMP.PRECISION}'"
             )
-        if not torch.cuda.is_available():
-            raise ValueError("SOLVER.AMP.ENABLED needs a CUDA device; set it to False on CPU")
-        return CheckedAMPTrainer(
-            model, data_loader, optimizer, precision=precisions[cfg.SOLVER.AMP.PRECISION]
-        )
+        if not cfg.MODEL.DEVICE.startswith("cuda"):
+            raise ValueError(
+                "SOLVER.AMP.ENABLED needs a CUDA device, but MODEL.DEVICE is "
+                f"'{cfg.MODEL.DEVICE}'; set it to False"
+            )
+        return mixed(model, data_loader, optimizer, precision=precisions[cfg.SOLVER.AMP.PRECISION])
 
     # ------------------------------------------------------------------------------- hooks
     def build_hooks(self) -> List[Optional[hooks.HookBase]]:
@@ -206,12 +232,18 @@ class KDTrainer(DefaultTrainer):
         cfg.DATALOADER.NUM_WORKERS = 0  # PreciseBN: save memory and time
         precise_bn = cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.student)
         period = cfg.SOLVER.CHECKPOINT_PERIOD
+        inherited = cfg.KD.INIT_STUDENT
         result = [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
+            (
+                FrozenStatistics(self.student, inherited.PREFIXES)
+                if cfg.KD.ENABLED and inherited.FREEZE
+                else None
+            ),
             self._teacher_evaluation(),
             (
-                hooks.PreciseBN(
+                RestartedPreciseBN(
                     cfg.TEST.EVAL_PERIOD,
                     self.student,
                     self.build_train_loader(cfg),
@@ -232,12 +264,33 @@ class KDTrainer(DefaultTrainer):
 
         # after the checkpointer: if it fails, the saved checkpoint can be used to debug
         result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, test_and_save_results))
+        if cfg.TEST.AUG.ENABLED:
+            result.append(hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.student)))
         if comm.is_main_process():
             # after evaluation, so that its results are written
             result.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         # last: whatever the hooks above drew from the random generators is undone
         result.append(LoaderRestart(period))
         return result
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
+        """Evaluate with test-time augmentation, TEST.AUG; results get the suffix "_TTA".
+
+        Raises:
+            ValueError: Detectron2 has such augmentation for ``GeneralizedRCNN`` only.
+        """
+        if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+            raise ValueError(
+                "TEST.AUG.ENABLED is for MODEL.META_ARCHITECTURE 'GeneralizedRCNN', got "
+                f"'{cfg.MODEL.META_ARCHITECTURE}'"
+            )
+        evaluators = [
+            cls.build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference_TTA"))
+            for name in cfg.DATASETS.TEST
+        ]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{key}_TTA": value for key, value in results.items()}
 
     def _teacher_evaluation(self) -> Optional[TeacherEvaluation]:
         mode = self.cfg.KD.EVAL_TEACHER
@@ -285,45 +338,6 @@ def bare_student(model: nn.Module) -> nn.Module:
     """Return the detector inside DDP and KDModel wrappers."""
     model = _unwrap(model)
     return model.student if isinstance(model, KDModel) else model
-
-
-def _with_prefixes(names, prefixes, where: str) -> List[str]:
-    for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in names):
-            raise ValueError(
-                f"KD.INIT_STUDENT.PREFIXES: no parameter or buffer of the {where} starts with "
-                f"'{prefix}'"
-            )
-    return [name for name in names if name.startswith(tuple(prefixes))]
-
-
-def _freeze_prefixes(cfg: CfgNode, student: nn.Module) -> None:
-    node = cfg.KD.INIT_STUDENT
-    if cfg.KD.ENABLED and node.PREFIXES and node.FREEZE:
-        parameters = dict(student.named_parameters())
-        for name in _with_prefixes(parameters, node.PREFIXES, "student"):
-            parameters[name].requires_grad_(False)
-
-
-@torch.no_grad()
-def copy_from_teacher(student: nn.Module, state: Dict[str, torch.Tensor], prefixes) -> None:
-    """Copy the entries of a teacher's state dict that start with one of ``prefixes``.
-
-    Raises:
-        ValueError: a prefix matches nothing on one side, an entry is missing in the teacher, or
-            shapes differ; the message names the entry.
-    """
-    own = student.state_dict()
-    _with_prefixes(state, prefixes, "teacher")
-    for name in _with_prefixes(own, prefixes, "student"):
-        if name not in state:
-            raise ValueError(f"KD.INIT_STUDENT: the teacher has no '{name}'")
-        if state[name].shape != own[name].shape:
-            raise ValueError(
-                f"KD.INIT_STUDENT: '{name}' has shape {tuple(own[name].shape)} in the student and "
-                f"{tuple(state[name].shape)} in the teacher"
-            )
-        own[name].copy_(state[name])
 
 
 def check_classes(
