@@ -59,11 +59,11 @@ class Distiller(nn.Module):
         return tuple(self.weights)
 
     def compute(self, ctx: DistillationContext) -> Dict[str, torch.Tensor]:
-        """Return the unweighted scalar of every term, fp32."""
+        """Return the unweighted scalar of every term, computed in fp32."""
         raise NotImplementedError
 
     def forward(self, ctx: DistillationContext) -> Dict[str, torch.Tensor]:
-        """Return the weighted scalars of exactly ``terms``, connected to all parameters.
+        """Return the weighted fp32 scalars of exactly ``terms``, connected to all parameters.
 
         Unweighted values are left in ``ctx.raw`` for logging.
         """
@@ -77,7 +77,7 @@ class Distiller(nn.Module):
         result = {}
         for term, weight in self.weights.items():
             ctx.raw[f"{self.label}/{term}"] = raw[term].detach()
-            result[term] = weight * raw[term] + anchor
+            result[term] = weight * raw[term].float() + anchor
         return result
 
     def zero(self) -> torch.Tensor:

@@ -151,6 +151,7 @@ class KDModel(nn.Module):
         """Log |d L_kd / d pyramid| / |d L_det / d pyramid| per distiller.
 
         Gradients with respect to activations do not reach any parameter, hence not DDP's hooks.
+        They are total derivatives: what reaches p7 counts for p6, too, when p7 is made from it.
         """
         pyramid = observation.single("backbone").output
         features = [f for f in pyramid.values() if f.requires_grad]
