@@ -1,0 +1,152 @@
+"""Every shipped config: it loads, says only what differs, and its networks can be built."""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.data import MetadataCatalog
+from detectron2.engine import hooks
+from detectron2.modeling import build_model
+
+from kd_d2.checkpoint import load_yaml_config
+from kd_d2.distillation import DetectorTeacher, build_distillers, build_tap
+from kd_d2.engine.main import build_config
+from kd_d2.engine.trainer import KDTrainer
+from tests.fixtures import registered_toy_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("projects/*/configs/**/*.yaml")])
+# Table 6 and 7 of CrossKD, and the R-18 row of all others
+GFL_ROWS = ["gfl_r18_r50_1x", "gfl_r50_r101_1x", "gfl_r34_r101_1x", "gfl_r18_r101_1x"]
+
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def _flatten(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _get(cfg, dotted):
+    return functools.reduce(lambda node, key: node[key], dotted.split("."), cfg)
+
+
+_KEYS = {}
+
+
+def _keys(cfg):
+    """What the tap knows about the networks of a MODEL node; equal nodes are built once."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", "cpu"
+    node = cfg.MODEL.dump()
+    if node not in _KEYS:
+        model = build_model(cfg)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
+        _KEYS[node] = build_tap(model).keys(model)
+    return _KEYS[node]
+
+
+def test_there_are_configs():
+    names = {p.name for p in FILES}
+    assert {"Base-GFL.yaml", "gfl_r50_1x.yaml", "gfl_r101_ms2x.yaml"} <= names
+    assert {f"{row}.yaml" for row in GFL_ROWS} <= names
+
+
+@every_file
+def test_networks_and_distillers_can_be_built(path):
+    cfg = build_config(str(path))
+    keys = _keys(cfg)
+    if cfg.KD.ENABLED:
+        teacher_cfg = DetectorTeacher.load_config(cfg)
+        distillers, schedules = build_distillers(cfg, keys, _keys(teacher_cfg))
+        assert len(distillers) == len(cfg.KD.DISTILLERS) and set(schedules) == set(distillers)
+        assert all(sum(d.weights.values()) > 0 for d in distillers.values())
+        assert teacher_cfg.DATASETS.TRAIN == cfg.DATASETS.TRAIN  # hence the same classes
+        assert cfg.KD.TEACHER.WEIGHTS and not cfg.KD.TEACHER.ALLOW_UNTRAINED
+
+
+@every_file
+def test_files_say_only_what_differs(path):
+    """At most three files deep, no machine's paths, nothing that the file below says already."""
+    raw = yaml.safe_load(path.read_text())
+    base, depth, current = raw.pop("_BASE_", None), 1, path
+    next_base = base
+    while next_base:
+        current = current.parent / next_base
+        next_base = yaml.safe_load(current.read_text()).get("_BASE_")
+        depth += 1
+    assert depth <= 3
+    for key, value in _flatten(raw):
+        assert not re.match(r"['\"]?(/|~|[A-Za-z]:\\)", str(value)), (key, value)
+    if base:
+        below = build_config().clone()
+        below.defrost()
+        load_yaml_config(below, str(path.parent / base))
+        own = build_config().clone()
+        own.defrost()
+        load_yaml_config(own, str(path))
+        for key, _ in _flatten(raw):
+            assert _get(own, key) != _get(below, key), f"{key} is what {base} says"
+
+
+def test_output_folders_differ():
+    """No recipe overwrites the checkpoints of another one."""
+    folders = {}
+    for path in FILES:
+        folder = build_config(str(path)).OUTPUT_DIR
+        if folder != "./output":
+            folders.setdefault(folder, []).append(path.name)
+        else:
+            assert path.name.startswith(("Base-", "Schedule-")), f"{path} has no OUTPUT_DIR"
+    assert all(len(names) == 1 for names in folders.values()), folders
+
+
+def test_readmes_list_the_recipes_on_coco():
+    for readme in ROOT.glob("projects/*/README.md"):
+        text = readme.read_text()
+        for path in readme.parent.glob("configs/COCO/**/*.yaml"):
+            assert f"]({path.relative_to(readme.parent)})" in text, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", GFL_ROWS)
+def test_gfl_rows_train_on_the_classes_of_coco(row, tmp_path):
+    """Two iterations of the real trainer with the real networks, on small images."""
+    classes = MetadataCatalog.get("coco_2017_train").thing_classes
+    assert len(classes) == 80
+    with registered_toy_dataset(tmp_path, 4, classes, size=(128, 128)) as name:
+        cfg = build_config(
+            str(ROOT / f"projects/CrossKD/configs/COCO/{row}.yaml"),
+            [
+                *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "OUTPUT_DIR", str(tmp_path)),
+                *("KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_UNTRAINED", "True"),
+                *("KD.EVAL_TEACHER", "never", "DATASETS.TRAIN", (name,), "DATASETS.TEST", ()),
+                *("INPUT.MIN_SIZE_TRAIN", (128,), "INPUT.MAX_SIZE_TRAIN", "128"),
+                *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", ()),
+                *("DATALOADER.NUM_WORKERS", "0", "SEED", "1"),
+            ],
+        )
+        trainer = KDTrainer(cfg)
+        # hundreds of megabytes that nobody reads
+        trainer._hooks = [
+            h for h in trainer._hooks if not isinstance(h, hooks.PeriodicCheckpointer)
+        ]
+        before = {k: v.clone() for k, v in trainer.student.state_dict().items()}
+        teacher = {k: v.clone() for k, v in trainer.teacher.model.state_dict().items()}
+        trainer.train()
+
+    latest = {k: v for k, (v, _) in trainer.storage.latest().items()}
+    for term in ("loss_gfl_cls", "loss_kd/crosskd/cls", "loss_kd/crosskd/reg"):
+        assert torch.isfinite(torch.tensor(latest[term])) and latest[term] >= 0, term
+    assert latest["loss_kd/crosskd/cls"] > 0
+    student = trainer.student.state_dict()
+    assert any(not torch.equal(student[k], v) for k, v in before.items() if "cls_subnet" in k)
+    for key, value in trainer.teacher.model.state_dict().items():
+        assert torch.equal(value, teacher[key]), key
