@@ -210,6 +210,19 @@ def test_staged_run_of_a_two_stage_detector_executes_only_what_is_read_and_once(
     assert torch.equal(other["roi.cls"], run.run_rois(["roi.cls"], boxes)["roi.cls"])
 
 
+def test_a_later_pass_on_the_same_boxes_keeps_what_is_known():
+    model = tiny_model("Cascade").eval()
+    counts = _count_calls(model, [f"roi_heads.box_predictor.{stage}" for stage in range(3)])
+    boxes = [x["instances"].gt_boxes for x in tiny_batch()]
+    run = build_tap(model).run(model, _images(model), ["roi.cls", "roi.cls[2]"])
+    first = run.run_rois(["roi.cls"], boxes)["roi.cls"]
+    run.run_rois(["roi.cls[2]"], boxes)
+    before = list(counts.values())
+    both = run.run_rois(["roi.cls", "roi.cls[2]"], boxes)
+    assert list(counts.values()) == before and before[1:] == [0, 1]
+    assert torch.equal(both["roi.cls"], first)
+
+
 @pytest.mark.parametrize("family", ["RetinaNet", "FCOS", "GeneralizedRCNN", "Cascade", "C4"])
 def test_staged_run_writes_no_scalars_makes_no_graph_and_never_calls_forward(family, monkeypatch):
     model = tiny_model(family)  # in training mode with gradients: the hardest case
