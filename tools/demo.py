@@ -29,7 +29,7 @@ from kd_d2.engine.trainer import KDTrainer
 from kd_d2.visualization import draw_curves, draw_detections, html_page, markdown_table
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-TEACHER = "configs/DigitScenes/gfl_r50_teacher.yaml"
+TEACHER = "configs/DigitScenes/gfl_r34_teacher.yaml"
 
 
 @dataclass
@@ -42,19 +42,19 @@ class Run:
 
 
 RUNS = [
-    Run("teacher", "teacher (ResNet-50)", TEACHER),
+    Run("teacher", "teacher (ResNet-34)", TEACHER),
     Run("plain", "student (ResNet-18), plain", "configs/DigitScenes/gfl_r18.yaml"),
     Run(
         "crosskd",
         "student (ResNet-18), CrossKD",
-        "projects/CrossKD/configs/DigitScenes/crosskd_gfl_r18_r50.yaml",
+        "projects/CrossKD/configs/DigitScenes/crosskd_gfl_r18_r34.yaml",
     ),
 ]
 
 # a run of two minutes that shows that everything works, not that distillation helps
 QUICK = [
     "SOLVER.MAX_ITER", "30", "SOLVER.STEPS", "(20,)", "SOLVER.WARMUP_ITERS", "10",
-    "SOLVER.CHECKPOINT_PERIOD", "30", "TEST.EVAL_PERIOD", "0", "KD.EVAL_TEACHER_IMAGES", "10",
+    "SOLVER.CHECKPOINT_PERIOD", "30", "TEST.EVAL_PERIOD", "0", "KD.EVAL_TEACHER", "never",
     "DATASETS.DIGIT_SCENES.NUM_TRAIN", "200", "DATASETS.DIGIT_SCENES.NUM_VAL", "40",
 ]  # fmt: skip
 
@@ -98,7 +98,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", default="output/demo", metavar="DIR")
+    parser.add_argument("--output-dir", default="demo_output", metavar="DIR")
     parser.add_argument("--quick", action="store_true", help="two minutes, results mean nothing")
     parser.add_argument("--seed", type=int, default=1, help="of all three networks")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
@@ -132,9 +132,7 @@ def train(run: Run, args: argparse.Namespace) -> Dict[str, float]:
             print(f"{run.title:<30}: done before, AP {stored['AP']:.2f}", flush=True)
             return stored
     with quiet(cfg.OUTPUT_DIR):
-        default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
-        setup_logger(cfg.OUTPUT_DIR, name="kd_d2", abbrev_name="kd")
-        silence_consoles()
+        start_logs(cfg)
         trainer = KDTrainer(cfg)
         trainer.register_hooks([ProgressBar(run.title)])
         trainer.resume_or_load(resume=True)
@@ -161,12 +159,20 @@ def quiet(folder: str):
         yield
 
 
-def silence_consoles() -> None:
-    """Keep log files, but show only warnings on the terminal."""
-    for name in ("detectron2", "fvcore", "kd_d2"):
-        for handler in logging.getLogger(name).handlers:
-            if type(handler) is logging.StreamHandler:
-                handler.setLevel(logging.WARNING)
+def start_logs(cfg) -> None:
+    """Log to the folder of this run only; the terminal shows warnings."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "kd_d2")]
+    for logger in loggers:
+        logger.handlers.clear()
+    default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
+    setup_logger(cfg.OUTPUT_DIR, name="kd_d2", abbrev_name="kd")
+    for logger in loggers:
+        consoles = [h for h in logger.handlers if type(h) is logging.StreamHandler]
+        for handler in consoles:
+            logger.removeHandler(handler)
+        warnings = logging.StreamHandler(sys.__stderr__)
+        warnings.setLevel(logging.WARNING)
+        logger.addHandler(warnings)
 
 
 def table(results: Dict[str, Dict[str, float]]) -> str:
