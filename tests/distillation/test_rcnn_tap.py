@@ -17,6 +17,8 @@ from tests.fixtures import tiny_batch, tiny_model
 K = 3
 FAMILIES = ("GeneralizedRCNN", "Cascade", "C4")
 NUM_STAGES = {"GeneralizedRCNN": 1, "Cascade": 3, "C4": 1}
+# Boxes between the thresholds occur, so that the stages label differently.
+STRICTER = {"MODEL.ROI_BOX_CASCADE_HEAD.IOUS": (0.5, 0.875, 0.918)}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -28,7 +30,7 @@ class _Seen:
     """One training forward: what the tap says, and what the model's own methods returned."""
 
     def __init__(self, family, num_gt=(3, 2)):
-        self.model = tiny_model(family)
+        self.model = tiny_model(family, **(STRICTER if family == "Cascade" else {}))
         self.tap = build_tap(self.model)
         self.labelled = []  # proposals of stage 0, 1, ... as the model labelled them
         self.predicted = []  # outputs of the predictors, in order
@@ -153,7 +155,7 @@ def test_proposals_are_those_the_student_sampled_with_its_own_labels(family, sta
     targets = seen.values.gt_instances
     positives = _check_proposals(proposals, seen.labelled[stage], targets)
     # otherwise the comparison of classes would say little
-    assert positives >= 3 if sum(num_gt) else positives == 0
+    assert positives >= 2 if sum(num_gt) else positives == 0
     rows = sum(len(p) for p in proposals)
     if stage == 0:
         assert rows == 2 * 24  # MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
@@ -161,6 +163,20 @@ def test_proposals_are_those_the_student_sampled_with_its_own_labels(family, sta
             torch.equal(a.gt_classes, b.gt_classes) for a, b in zip(seen["proposals"], proposals)
         )
     assert len(seen[f"roi.cls[{stage}]"]) == rows
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_each_cascade_stage_labels_with_its_own_threshold(stage):
+    seen = _seen("Cascade")
+    found = seen[f"proposals[{stage}]"]
+    boxes, sizes = [p.proposal_boxes for p in found], [p.image_size for p in found]
+    targets = seen.values.gt_instances
+    counts = []
+    for matcher in seen.model.roi_heads.proposal_matchers:
+        labelled = label_boxes(boxes, targets, matcher, K, sizes)
+        counts.append(sum((p.gt_classes < K).sum().item() for p in labelled))
+    own = sum((p.gt_classes < K).sum().item() for p in found)
+    assert own == counts[stage] and counts.count(own) == 1
 
 
 def test_reading_proposals_leaves_the_models_own_objects_alone():
