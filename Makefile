@@ -1,6 +1,6 @@
 # make setup   virtual environment .venv with everything in it
 # make test    the test suite             make test PYTEST_ARGS="-k crosskd -x"
-# make demo    distil a small detector    make demo QUICK=1 OUT=some/folder
+# make demo    distil a small detector    make demo QUICK=1 OUT=some/folder SEED=2
 # make lint    black, isort, flake8
 #
 # test, demo and lint do the set-up first; what is there already is skipped.
@@ -13,6 +13,7 @@ VENV ?= .venv
 ENV_PYTHON ?=
 OUT ?= demo_output
 QUICK ?=
+SEED ?= 1
 PYTEST_ARGS ?=
 # Processes of pytest-xdist. One on a single core, else two: the tests' models need memory.
 WORKERS ?= $(shell [ "$$(nproc 2>/dev/null || echo 1)" -gt 1 ] && echo 2 || echo 0)
@@ -42,7 +43,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS)) $(PYTEST_ARGS)
 
 demo: setup
-	$(RUN) tools/demo.py --output-dir "$(OUT)" $(if $(filter-out 0,$(QUICK)),--quick)
+	$(RUN) tools/demo.py --output-dir "$(OUT)" --seed "$(SEED)" $(if $(filter-out 0,$(QUICK)),--quick)
 
 lint: setup
 	$(RUN) -m black --line-length 100 --check $(SOURCES)

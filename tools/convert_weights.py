@@ -6,6 +6,7 @@ reported; a key that nothing is known about stops the conversion.
 """
 
 import argparse
+import os
 import sys
 from typing import Dict, List, Optional
 
@@ -134,6 +135,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             "__author__": f"converted from {result.source} by kd_d2",
             "matching_heuristics": False,
         }
+        os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
         atomic_save(checkpoint, args.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -87,7 +87,8 @@ class DenseTap(Tap):
             tuple(tuple(round(v, 4) for v in anchor) for anchor in level.tolist())
             for level in model.anchor_generator.cell_anchors
         )
-        result["anchors"] = KeyInfo(None, strides, cells)
+        offset = getattr(model.anchor_generator, "offset", 0.0)
+        result["anchors"] = KeyInfo(None, strides, (("offset", offset), *cells))
         result["codec"] = KeyInfo(None, (), codec_signature(model.box2box_transform))
         result["assign"] = KeyInfo(None, strides)
         return result
