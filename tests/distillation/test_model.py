@@ -14,7 +14,7 @@ from tests.fixtures import teacher_of, tiny_batch, tiny_model
 
 
 def _batch(**kwargs):
-    return tiny_batch(**{"sizes": [(64, 64), (48, 60)], **kwargs})
+    return tiny_batch(**{"sizes": [(64, 90), (48, 60)], **kwargs})
 
 
 class Imitation(Distiller):
