@@ -282,9 +282,16 @@ class Tap:
         raise ValueError(f"{type(model).__name__} has no dense head with towers")
 
     # ------------------------------------------------------------------ shared by all families
-    def observe(self, model: nn.Module, keys: Iterable[str]) -> _Observation:
-        """Return a context manager that records ``keys`` while ``model`` runs its own forward."""
-        return _Observation(self, model, self.checked(model, keys))
+    def observe(
+        self, model: nn.Module, keys: Iterable[str], check: bool = True
+    ) -> _Observation:
+        """Return a context manager that records ``keys`` while ``model`` runs its own forward.
+
+        Args:
+            check: look whether the model has the keys. Whoever did so at build time leaves it out
+                in every step: describing a model reads its anchors, i.e. waits for the device.
+        """
+        return _Observation(self, model, self.checked(model, keys) if check else list(keys))
 
     def run(
         self,
@@ -292,9 +299,11 @@ class Tap:
         images: torch.Tensor,
         keys: Iterable[str],
         gt_instances: Optional[List[Instances]] = None,
+        check: bool = True,
     ) -> StagedRun:
         """Return a store for a frozen model; its stages run when their keys are first read."""
-        return StagedRun(self, model, images, self.checked(model, keys), gt_instances)
+        keys = self.checked(model, keys) if check else list(keys)
+        return StagedRun(self, model, images, keys, gt_instances)
 
     def checked(self, model: nn.Module, keys: Iterable[str]) -> List[str]:
         """Return ``keys``, or raise ``ValueError`` naming the first one the model lacks."""
