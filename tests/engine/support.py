@@ -1,6 +1,9 @@
 """Runs of the trainer on toy data, in this process, for the tests of the engine."""
 
 import contextlib
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -186,3 +189,30 @@ def isolated_registries():
         for name in set(sys.modules) - modules:
             if name.startswith("kd_d2_user_"):
                 del sys.modules[name]
+
+
+def run_program(command, timeout, **environment):
+    """Run a command in a process group of its own, which is killed if it takes too long.
+
+    Args:
+        environment: variables added to those of this process.
+
+    Returns:
+        exit code, and stdout and stderr together.
+    """
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"still running after {timeout} s:\n{output[-3000:]}") from None
+    return process.returncode, output

@@ -7,6 +7,7 @@ from torch import nn
 
 from kd_d2.config import CONFIG_NODES, add_schedule_config
 from kd_d2.distillation import DISTILLER_REGISTRY, Distiller
+from kd_d2.modeling.layers import reduce_mean
 
 
 @CONFIG_NODES.register()
@@ -43,5 +44,6 @@ class Queue(Distiller):
             "mean": ((ours - theirs) ** 2 * noise).mean(),
             "queue": ((ours - self.queue.clone()) ** 2).mean(),
         }
-        self.queue = torch.cat([self.queue[1:], theirs[None]])
+        # a checkpoint holds one queue for all ranks
+        self.queue = torch.cat([self.queue[1:], reduce_mean(theirs)[None]])
         return losses
