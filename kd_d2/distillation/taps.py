@@ -282,9 +282,7 @@ class Tap:
         raise ValueError(f"{type(model).__name__} has no dense head with towers")
 
     # ------------------------------------------------------------------ shared by all families
-    def observe(
-        self, model: nn.Module, keys: Iterable[str], check: bool = True
-    ) -> _Observation:
+    def observe(self, model: nn.Module, keys: Iterable[str], check: bool = True) -> _Observation:
         """Return a context manager that records ``keys`` while ``model`` runs its own forward.
 
         Args:

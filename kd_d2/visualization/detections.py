@@ -38,9 +38,7 @@ def draw_detections(
             axis.imshow(picture, extent=(0, width, height, 0))
             axis.set_axis_off()
         for annotation in record.get("annotations", []):
-            box = BoxMode.convert(
-                annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS
-            )
+            box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
             _box(axes[i][0], box, _name(annotation["category_id"], class_names), "lime")
         for axis, (_, outputs) in zip(axes[i][1:], columns):
             kept = outputs[i][outputs[i].scores >= score_threshold]

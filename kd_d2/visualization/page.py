@@ -35,15 +35,15 @@ def html_page(title: str, text: str, table: str, pictures: Sequence[str]) -> str
         table: as :func:`markdown_table` makes it.
         pictures: paths relative to the page.
     """
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
-    ]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     cells = [("th", rows[0])] + [("td", row) for row in rows[2:]]
     body = "\n".join(
         "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
         for tag, row in cells
     )
-    figures = "\n".join(f'<p><img src="{html.escape(p)}" alt="{html.escape(p)}"></p>' for p in pictures)
+    figures = "\n".join(
+        f'<p><img src="{html.escape(p)}" alt="{html.escape(p)}"></p>' for p in pictures
+    )
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>
