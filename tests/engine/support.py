@@ -200,7 +200,8 @@ def run_program(command, timeout, **environment):
     Returns:
         exit code, and stdout and stderr together.
     """
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         env=variables,

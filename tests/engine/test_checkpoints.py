@@ -68,7 +68,7 @@ def test_checkpoints_load_strictly_into_detectron2_alone(tmp_path):
             student = train(cfg).student.eval()
             with torch.no_grad():
                 expected[meta_arch] = [x["instances"] for x in student(inputs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", DETECTRON2_ALONE, str(tmp_path), *distillers],
         env=environment,
