@@ -196,7 +196,8 @@ def report(results, args) -> str:
     students = [(run.title, os.path.join(folder, run.name, "metrics.json")) for run in RUNS]
     draw_curves(students, os.path.join(folder, "curves.png"))
     images, columns = detections(args)
-    draw_detections(images, columns, os.path.join(folder, "detections.png"))
+    picture = os.path.join(folder, "detections.png")
+    draw_detections(images, columns, picture, score_threshold=0.4)
     gain = results["crosskd"]["AP"] - results["plain"]["AP"]
     text = (
         f"Seed {args.seed}: CrossKD changes the AP of the student by {gain:+.2f}. "
