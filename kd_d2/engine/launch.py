@@ -35,25 +35,33 @@ def launch(main: Callable, args, main_args: Tuple = (), device: str = "cuda") ->
     on_cpu = torch.device(device).type == "cpu"
     if started_by_torchrun():
         _join_torchrun(use_gpu=not on_cpu and torch.cuda.is_available())
-        main(*main_args)
-        # not after an exception: it would wait for ranks that wait for this one
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _run_and_leave(main, *main_args)
         return
     several = args.num_machines * args.num_gpus > 1
     try:
         with _without_gpus() if several and on_cpu else contextlib.nullcontext():
             d2_launch(
-                main,
+                _run_and_leave,
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=main_args,
+                args=(main, *main_args),
             )
     except ProcessExitedException as error:
         # it printed its reason itself, or was killed; where this process waited is of no interest
         sys.exit(f"{sys.argv[0]}: {error}")
+
+
+def _run_and_leave(main: Callable, *main_args) -> None:
+    """Run ``main`` in this process, then leave its process group.
+
+    Python's exit with open gloo connections now and then aborts a process that has done its work.
+    """
+    main(*main_args)
+    # not after an exception: it would wait for ranks that wait for this one
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -499,6 +499,7 @@ _RANK = """
         assert "Cannot resume" in str(error)
         print("refused", rank)
     dist.barrier()
+    dist.destroy_process_group()
 """
 
 

@@ -107,8 +107,8 @@ def test_make_targets_are_complete():
         return lines[-1]
 
     assert "-m pytest -n 2 -k x" in plan("test", "PYTEST_ARGS=-k x")
-    assert plan("demo", "OUT=here", "QUICK=1").endswith('--output-dir "here" --quick')
-    assert plan("demo").rstrip().endswith('--output-dir "demo_output"')
+    assert plan("demo", "OUT=here", "QUICK=1").endswith('--output-dir "here" --seed "1" --quick')
+    assert plan("demo").rstrip().endswith('--output-dir "demo_output" --seed "1"')
     assert "-m flake8" in plan("lint")
     plan("setup")
 
