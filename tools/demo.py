@@ -8,6 +8,7 @@ finished is kept: started again, the demo goes on where it was interrupted.
 
 import argparse
 import contextlib
+import glob
 import json
 import logging
 import os
@@ -132,23 +133,45 @@ def train(run: Run, args: argparse.Namespace) -> Dict[str, float]:
             print(f"{run.title:<30}: done before, AP {stored['AP']:.2f}", flush=True)
             return stored
     with quiet(cfg.OUTPUT_DIR):
+        interrupted = was_started(cfg)
+        if not interrupted:
+            remove_checkpoints(cfg.OUTPUT_DIR)
         start_logs(cfg)
         trainer = KDTrainer(cfg)
         trainer.register_hooks([ProgressBar(run.title)])
-        trainer.resume_or_load(resume=True)
+        trainer.resume_or_load(resume=interrupted)
         started = time.time()
         metrics = trainer.train() or trainer._last_eval_results
         result = {
             **{key: metrics["bbox"][key] for key in ("AP", "AP50", "AP75")},
             "parameters": sum(p.numel() for p in trainer.student.parameters()),
             "seconds": time.time() - started,
-            "iterations": trainer.max_iter - trainer.start_iter,
+            "iterations": trainer.max_iter,
+            "resumed": trainer.start_iter > 0,
             "config": fingerprint,
         }
     with atomic_write(result_file) as f:
         f.write(json.dumps(result).encode())
     print(f"{run.title:<30}: AP {result['AP']:.2f}", flush=True)
     return result
+
+
+def was_started(cfg) -> bool:
+    """Whether this very run was begun before; Detectron2 writes the config when a run starts."""
+    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if not os.path.isfile(path):
+        return False
+    with open(path) as f:
+        return f.read() == cfg.dump()
+
+
+def remove_checkpoints(folder: str) -> None:
+    """Remove what a run with another config left, so that it is never continued."""
+    for path in glob.glob(os.path.join(folder, "model_*.pth")) + [
+        os.path.join(folder, "last_checkpoint")
+    ]:
+        if os.path.isfile(path):
+            os.remove(path)
 
 
 @contextlib.contextmanager
@@ -182,7 +205,8 @@ def table(results: Dict[str, Dict[str, float]]) -> str:
             *(f"{results[run.name][key]:.2f}" for key in ("AP", "AP50", "AP75")),
             f"{results[run.name]['parameters'] / 1e6:.2f}",
             str(results[run.name]["iterations"]),
-            f"{results[run.name]['seconds']:.0f}",
+            f"{results[run.name]['seconds']:.0f}"
+            + (" (since resumed)" if results[run.name]["resumed"] else ""),
         ]
         for run in RUNS
     ]
