@@ -132,12 +132,6 @@ def training(folder, rank):
         }
         whole = train_config(folder, name, "whole", **evaluated)
         parts = train_config(folder, name, "parts", **evaluated)
-        # ranks draw different random numbers, as after default_setup
-        seeds = {"SEED": 7 + rank}
-        for cfg in (whole, parts):
-            cfg.defrost()
-            cfg.merge_from_list([x for item in seeds.items() for x in item])
-            cfg.freeze()
         results["whole"] = trained(train(whole))
         train(parts, hooks=[StopAt(3)])
         results["resumed"] = trained(train(parts, resume=True))

@@ -13,6 +13,7 @@ import yaml
 from detectron2.config import get_cfg as get_d2_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from kd_d2.config import CONFIG_NODES
@@ -68,7 +69,7 @@ def train(cfg, trainer_class=KDTrainer, resume=False, hooks=(), started=None):
     Args:
         started: called with the trainer before its first step.
     """
-    seed_all_rng(cfg.SEED)
+    seed_all_rng(cfg.SEED + comm.get_rank())
     trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=resume)
     curve = Curve()
