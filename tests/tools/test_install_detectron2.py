@@ -114,7 +114,9 @@ def test_wheel_bytes_are_reproducible(script, make_source, tmp_path):
     assert script.make_wheel(tmp_path / "b", source, digest).read_bytes() == first
 
 
-def test_installs_imports_and_uninstalls(script, wheel, tmp_path):
+def test_installs_imports_and_uninstalls(script, wheel, tmp_path, monkeypatch):
+    # a Detectron2 on the path of the tests is not in the new environment
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     folder = tmp_path / "env"
     venv.create(folder, with_pip=False)
     python = str(folder / "bin" / "python")
