@@ -6,8 +6,8 @@ import torch
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, Instances, pairwise_iou
-from detectron2.utils.registry import Registry
 
+from .registry import FamilyRegistry
 from .taps import KD_TAPS, Key, KeyInfo, Tap, TapStore
 
 __all__ = ["BOX_BRANCHES", "RCNNTap", "label_boxes"]
@@ -51,27 +51,18 @@ def _with_gt_boxes(proposals: Instances) -> Instances:
     return result
 
 
-class _BoxBranchRegistry(Registry):
-    def register_for(self, roi_heads: type):
-        def register(branch: type) -> type:
-            self._do_register(roi_heads.__name__, branch)
-            return branch
-
-        return register
-
-
-BOX_BRANCHES = _BoxBranchRegistry("BOX_BRANCHES")
+BOX_BRANCHES = FamilyRegistry("BOX_BRANCHES")
 BOX_BRANCHES.__doc__ = "Module names of the box branch, by RoI-head class, searched along bases."
 
 
 def _box_branch(model):
-    for cls in type(model.roi_heads).__mro__:
-        if cls.__name__ in BOX_BRANCHES:
-            return BOX_BRANCHES.get(cls.__name__)()
-    known = ", ".join(sorted(name for name, _ in BOX_BRANCHES))
-    raise ValueError(
-        f"no box branch for RoI heads {type(model.roi_heads).__name__}; known families: {known}"
-    )
+    try:
+        return BOX_BRANCHES.find(model.roi_heads)()
+    except KeyError as error:
+        raise ValueError(
+            f"no box branch for RoI heads {type(model.roi_heads).__name__}; known families: "
+            f"{error.args[0]}"
+        ) from None
 
 
 @BOX_BRANCHES.register_for(StandardROIHeads)

@@ -10,7 +10,7 @@ from typing import Any, Iterable, Iterator, List, Tuple
 import torch
 from torch import nn
 
-__all__ = ["ModuleRecorder", "RecordedCall", "near_matches"]
+__all__ = ["CallReader", "ModuleRecorder", "RecordedCall", "near_matches"]
 
 
 def near_matches(name: str, known: Iterable[str], count: int = 5) -> str:
@@ -65,7 +65,32 @@ class RecordedCall:
                 )
 
 
-class ModuleRecorder:
+class CallReader:
+    """Ways to read recorded calls, for whatever keeps some."""
+
+    def calls(self, path: str) -> List[RecordedCall]:
+        """Return all calls of module ``path``, oldest first."""
+        raise NotImplementedError
+
+    def single(self, path: str) -> RecordedCall:
+        """Return the only call of ``path``; raise ``RuntimeError`` unless it is exactly one."""
+        return self.per_level(path, 1)[0]
+
+    def per_level(self, path: str, num_levels: int) -> List[RecordedCall]:
+        """Return the calls of a module shared by ``num_levels`` levels, one a level.
+
+        Raises:
+            RuntimeError: the module was called another number of times.
+        """
+        calls = self.calls(path)
+        if len(calls) != num_levels:
+            raise RuntimeError(
+                f"module '{path}' was called {len(calls)} times, expected {num_levels}"
+            )
+        return calls
+
+
+class ModuleRecorder(CallReader):
     """Records every call of chosen sub-modules, in order, while its ``with`` block is open.
 
     A module that is called several times, like a head shared by pyramid levels, has several
@@ -122,20 +147,3 @@ class ModuleRecorder:
                 f"module '{path}' is not recorded; recorded: {', '.join(self._calls) or 'none'}"
             )
         return list(self._calls[path])
-
-    def single(self, path: str) -> RecordedCall:
-        """Return the only call of ``path``; raise ``RuntimeError`` unless it is exactly one."""
-        return self.per_level(path, 1)[0]
-
-    def per_level(self, path: str, num_levels: int) -> List[RecordedCall]:
-        """Return the calls of a module shared by ``num_levels`` levels, one a level.
-
-        Raises:
-            RuntimeError: the module was called another number of times.
-        """
-        calls = self.calls(path)
-        if len(calls) != num_levels:
-            raise RuntimeError(
-                f"module '{path}' was called {len(calls)} times, expected {num_levels}"
-            )
-        return calls

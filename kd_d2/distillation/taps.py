@@ -34,26 +34,15 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.registry import Registry
 from torch import nn
 
-from .recorder import ModuleRecorder, near_matches
+from .recorder import CallReader, ModuleRecorder, near_matches
+from .registry import FamilyRegistry
 
 __all__ = ["KD_TAPS", "Assignment", "Key", "KeyInfo", "Tap", "TapStore", "build_tap"]
 
 
-class _TapRegistry(Registry):
-    def register_for(self, meta_arch: type):
-        """Decorator: the class below taps ``meta_arch`` and its subclasses."""
-
-        def register(tap: type) -> type:
-            self._do_register(meta_arch.__name__, tap)
-            return tap
-
-        return register
-
-
-KD_TAPS = _TapRegistry("KD_TAPS")
+KD_TAPS = FamilyRegistry("KD_TAPS")
 KD_TAPS.__doc__ = """
 Taps by the name of the meta-architecture they serve; a model uses the tap of the nearest of its
 base classes. Register with ``@KD_TAPS.register_for(MyMetaArch)``.
@@ -66,14 +55,14 @@ def build_tap(model: nn.Module) -> "Tap":
     Raises:
         ValueError: neither the class of the model nor a base class has a tap.
     """
-    for cls in type(model).__mro__:
-        if cls.__name__ in KD_TAPS:
-            return KD_TAPS.get(cls.__name__)()
-    known = ", ".join(sorted(name for name, _ in KD_TAPS))
-    raise ValueError(
-        f"no tap for meta-architecture {type(model).__name__}; known families: {known}. "
-        "Register one with @KD_TAPS.register_for, or derive the model from one of these"
-    )
+    try:
+        return KD_TAPS.find(model)()
+    except KeyError as error:
+        raise ValueError(
+            f"no tap for meta-architecture {type(model).__name__}; known families: "
+            f"{error.args[0]}. Register one with @KD_TAPS.register_for, or derive the model from "
+            "one of these"
+        ) from None
 
 
 class Key(NamedTuple):
@@ -137,7 +126,7 @@ class Assignment:
         return self.labels >= 0
 
 
-class TapStore:
+class TapStore(CallReader):
     """Values of one model for one batch, read by key and cached.
 
     Subclasses provide the recorded calls; what a key means is decided by the tap.
@@ -153,21 +142,6 @@ class TapStore:
         if key not in self._values:
             self._values[key] = self.tap.read(self, Key.parse(key))
         return self._values[key]
-
-    def calls(self, path: str):
-        """Recorded calls of a module; see :meth:`ModuleRecorder.calls`."""
-        raise NotImplementedError
-
-    def single(self, path: str):
-        return self.per_level(path, 1)[0]
-
-    def per_level(self, path: str, num_levels: int):
-        calls = self.calls(path)
-        if len(calls) != num_levels:
-            raise RuntimeError(
-                f"module '{path}' was called {len(calls)} times, expected {num_levels}"
-            )
-        return calls
 
 
 class _Observation(TapStore):

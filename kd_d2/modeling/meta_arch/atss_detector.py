@@ -18,7 +18,7 @@ __all__ = ["ATSSAssignedDetector"]
 class ATSSAssignedDetector(DenseDetector):
     """Base of detectors with one anchor per cell and ATSS assignment.
 
-    A subclass supplies ``forward_training`` and :meth:`scores`; its head returns raw predictions.
+    A subclass supplies :meth:`losses` and :meth:`scores`; its head returns raw predictions.
     """
 
     def __init__(
@@ -150,6 +150,31 @@ class ATSSAssignedDetector(DenseDetector):
             all_labels.append(torch.where(valid, classes[rows], -1))
             all_boxes.append(boxes[rows])
         return all_labels, all_boxes
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: List[Tensor],
+        predictions: Sequence[List[Tensor]],
+        gt_instances: List[Instances],
+    ) -> Dict[str, Tensor]:
+        """Losses of one batch; see :meth:`losses`.
+
+        Args:
+            images: N padded images.
+            features: levels that ``predictions`` were made from.
+            predictions: raw outputs of the head: logits, boxes and, where it has one, centerness.
+            gt_instances: per image ``gt_boxes`` and ``gt_classes``.
+        """
+        dims = [self.num_classes, self.box2box_transform.box_dim, 1][: len(predictions)]
+        transposed = self._transpose_dense_predictions(predictions, dims)
+        anchors = self.anchor_generator(features)
+        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        return self.losses(anchors, *transposed, gt_labels, gt_boxes)
+
+    def losses(self, anchors: List[Boxes], *predictions_and_targets) -> Dict[str, Tensor]:
+        """Weighted losses from anchors, transposed predictions, labels and matched boxes."""
+        raise NotImplementedError
 
     def scores(self, predictions: List[List[Tensor]]) -> List[List[Tensor]]:
         """Scores by which detections are chosen and ranked.

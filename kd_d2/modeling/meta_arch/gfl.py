@@ -1,11 +1,11 @@
 """Generalized Focal Loss detector."""
 
-from typing import Dict, List, Tuple
+from typing import Dict, List
 
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from fvcore.nn import giou_loss
 from torch import Tensor
@@ -74,28 +74,6 @@ class GFL(ATSSAssignedDetector):
             dfl_loss_weight=node.DFL_LOSS_WEIGHT,
         )
         return args
-
-    def forward_training(
-        self,
-        images: ImageList,
-        features: List[Tensor],
-        predictions: Tuple[List[Tensor], List[Tensor]],
-        gt_instances: List[Instances],
-    ) -> Dict[str, Tensor]:
-        """Losses of one batch; see :meth:`losses`.
-
-        Args:
-            images: N padded images.
-            features: levels that ``predictions`` were made from.
-            predictions: raw outputs of the head.
-            gt_instances: per image ``gt_boxes`` and ``gt_classes``.
-        """
-        logits, deltas = self._transpose_dense_predictions(
-            predictions, [self.num_classes, self.box2box_transform.box_dim]
-        )
-        anchors = self.anchor_generator(features)
-        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
-        return self.losses(anchors, logits, deltas, gt_labels, gt_boxes)
 
     def losses(
         self,
