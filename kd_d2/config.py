@@ -92,23 +92,6 @@ def add_kd_config(cfg: CN) -> None:
     # origin you trust as much as a program you run.
     cfg.KD.ALLOW_UNSAFE_LOAD = False
 
-    _add_baselines(cfg)
-
-
-def _add_baselines(cfg: CN) -> None:
-    # PKD (Cao et al., NeurIPS 2022): imitation of features standardised per channel.
-    cfg.KD.PKD = CN()
-    # Keys of the student and the teacher that are paired, one loss per entry, summed.
-    # "neck": all pyramid levels; "cls", "reg": the tower of that branch after STAGE stages.
-    cfg.KD.PKD.LOCATIONS = ("neck",)
-    # Tower stage for "cls" and "reg", from 1, post-activation; 3 of 4 in CrossKD's Table 2.
-    cfg.KD.PKD.STAGE = 3
-    # Weight of the summed loss; 6.0 is CrossKD's official value for GFL.
-    cfg.KD.PKD.WEIGHT = 6.0
-    # Resize the student's maps bilinearly when sizes differ; False: differing sizes are an error.
-    cfg.KD.PKD.RESIZE = True
-    add_schedule_config(cfg.KD.PKD)
-
 
 def _add_solver_and_data(cfg: CN) -> None:
     # Clip the gradient norm over all parameters together instead of each parameter by itself

@@ -26,7 +26,7 @@ ALLOWED = {
     "visualization": {"data"},
     "distillation": {"checkpoint", "config", "modeling"},
     "blocks": {"losses", "modeling", "distillation"},
-    "baselines": {"blocks", "distillation", "losses", "modeling"},
+    "baselines": {"blocks", "config", "distillation", "losses", "modeling"},
     "export": {"checkpoint", "config", "modeling"},
     "engine": {
         *("checkpoint", "config", "data", "evaluation", "visualization", "export", "projects"),

@@ -3,6 +3,7 @@
 from . import dense_tap, rcnn_tap  # noqa: F401  (register their taps)
 from .context import DistillationContext, StudentView
 from .distiller import DISTILLER_REGISTRY, Distiller, build_distillers, require_equal
+from .method_info import MethodInfo
 from .model import KDModel
 from .recorder import ModuleRecorder, RecordedCall
 from .schedule import LossSchedule
@@ -21,6 +22,7 @@ __all__ = [
     "Key",
     "KeyInfo",
     "LossSchedule",
+    "MethodInfo",
     "ModuleRecorder",
     "RecordedCall",
     "StudentView",

@@ -1,6 +1,6 @@
 """What a distiller sees of one training step."""
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Hashable, List, Optional, Tuple
 
 import torch
 from detectron2.structures import Instances
@@ -67,3 +67,10 @@ class DistillationContext:
         self.teacher = teacher
         self.iteration = iteration
         self.raw: Dict[str, torch.Tensor] = {}
+        self._memory: Dict[Hashable, Any] = {}
+
+    def memo(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """Return ``compute()``, evaluated once per step and ``key`` for all distillers together."""
+        if key not in self._memory:
+            self._memory[key] = compute()
+        return self._memory[key]

@@ -9,7 +9,7 @@ from torch import nn
 
 from .taps import KD_TAPS, Assignment, Key, KeyInfo, Tap, TapStore
 
-__all__ = ["DenseTap", "codec_signature", "stage_ends"]
+__all__ = ["DenseTap", "anchor_signature", "codec_signature", "stage_ends"]
 
 _TOWERS = {"cls": "cls_subnet", "box": "bbox_subnet"}
 _PREDICTIONS = ("cls", "box", "ctr")
@@ -55,6 +55,15 @@ def codec_signature(codec: Any) -> tuple:
     return (type(codec).__name__,) + tuple(sorted(facts.items()))
 
 
+def anchor_signature(generator: Any) -> tuple:
+    """Return the offset and the cell anchors of all levels, comparable between two models."""
+    cells = tuple(
+        tuple(tuple(round(v, 4) for v in anchor) for anchor in level.tolist())
+        for level in generator.cell_anchors
+    )
+    return (("offset", getattr(generator, "offset", 0.0)), *cells)
+
+
 @KD_TAPS.register_for(DenseDetector)
 class DenseTap(Tap):
     """``DenseDetector`` with the standard head names: ``cls_subnet``, ``bbox_subnet``,
@@ -83,12 +92,7 @@ class DenseTap(Tap):
         centerness = self.centerness_branch(model)
         if centerness != "none":
             result["pred.ctr"] = KeyInfo(head.ctrness.out_channels, strides, (centerness,))
-        cells = tuple(
-            tuple(tuple(round(v, 4) for v in anchor) for anchor in level.tolist())
-            for level in model.anchor_generator.cell_anchors
-        )
-        offset = getattr(model.anchor_generator, "offset", 0.0)
-        result["anchors"] = KeyInfo(None, strides, (("offset", offset), *cells))
+        result["anchors"] = KeyInfo(None, strides, anchor_signature(model.anchor_generator))
         result["codec"] = KeyInfo(None, (), codec_signature(model.box2box_transform))
         result["assign"] = KeyInfo(None, strides)
         return result
@@ -100,6 +104,9 @@ class DenseTap(Tap):
         if where is None:
             where = "box" if hasattr(model.head, "ctrness") else "none"
         return {"reg": "box"}.get(where, where)
+
+    def anchor_strides(self, model) -> List[int]:
+        return list(model.anchor_generator.strides)
 
     def num_stages(self, model, branch: str) -> int:
         """Return the number of tower stages of ``branch``."""

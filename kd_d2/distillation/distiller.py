@@ -1,6 +1,6 @@
 """Base class and registry of distillation methods."""
 
-from typing import Dict, FrozenSet, Iterable, List, Mapping, Tuple
+from typing import Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -8,6 +8,7 @@ from detectron2.utils.registry import Registry
 from torch import nn
 
 from .context import DistillationContext
+from .method_info import MethodInfo
 from .recorder import near_matches
 from .schedule import LossSchedule
 from .taps import KeyInfo
@@ -34,6 +35,8 @@ class Distiller(nn.Module):
     node: str = ""
     # False for methods that need no teacher at all.
     needs_teacher: bool = True
+    # Paper, demands on the pair and published gains, for people who choose a method.
+    info: Optional[MethodInfo] = None
 
     def __init__(
         self,
@@ -127,6 +130,14 @@ class Distiller(nn.Module):
         return cfg.KD[cls.node or cls.__name__.upper()]
 
 
+_MENDS = {
+    "channels": "Give both the same width (e.g. MODEL.FPN.OUT_CHANNELS or CONV_DIM of the head), or "
+    "use a method with an adapter",
+    "strides": "Give both the same levels (e.g. IN_FEATURES of the head)",
+    "signature": "Build both alike: give the student the teacher's value",
+}
+
+
 def require_equal(
     method: str,
     key: str,
@@ -134,13 +145,13 @@ def require_equal(
     teacher_keys: Mapping[str, KeyInfo],
     attributes: Iterable[str] = ("channels", "strides", "signature"),
 ) -> None:
-    """Raise ``ValueError`` naming ``key`` and both values unless the two sides agree on it."""
+    """Raise ``ValueError`` with key, both values and a mend unless the two sides agree on it."""
     for attribute in attributes:
         ours, theirs = (getattr(keys[key], attribute) for keys in (student_keys, teacher_keys))
         if ours != theirs:
             raise ValueError(
                 f"{method} compares '{key}' of student and teacher, but their {attribute} differ: "
-                f"student {ours}, teacher {theirs}"
+                f"student {ours}, teacher {theirs}. {_MENDS[attribute]}"
             )
 
 

@@ -7,8 +7,9 @@ from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, Instances, pairwise_iou
 
+from .dense_tap import anchor_signature
 from .registry import FamilyRegistry
-from .taps import KD_TAPS, Key, KeyInfo, Tap, TapStore
+from .taps import KD_TAPS, Assignment, Key, KeyInfo, Tap, TapStore
 
 __all__ = ["BOX_BRANCHES", "RCNNTap", "label_boxes"]
 
@@ -150,6 +151,25 @@ class _C4Branch(_StandardBranch):
         return head(pooled).mean(dim=[2, 3])
 
 
+@torch.no_grad()
+def _rpn_assignment(store: TapStore) -> Assignment:
+    """Labels of the RPN's anchors by its own matcher, before it samples some of them."""
+    rpn = store.model.proposal_generator
+    anchors = Boxes.cat(store["anchors"])
+    labels, boxes = [], []
+    for targets in store.gt_instances:
+        gt_boxes = targets.gt_boxes
+        matched, found = rpn.anchor_matcher(pairwise_iou(gt_boxes, anchors))
+        if rpn.anchor_boundary_thresh >= 0:
+            inside = anchors.inside_box(targets.image_size, rpn.anchor_boundary_thresh)
+            found = torch.where(inside, found, torch.full_like(found, -1))
+        # Detectron2's matcher: 1 object, 0 background, -1 ignored
+        labels.append(torch.where(found > 0, 0, torch.where(found == 0, 1, -1)))
+        empty = not len(gt_boxes)
+        boxes.append(torch.zeros_like(anchors.tensor) if empty else gt_boxes.tensor[matched])
+    return Assignment(torch.stack(labels), torch.stack(boxes), num_classes=1)
+
+
 @KD_TAPS.register_for(GeneralizedRCNN)
 class RCNNTap(Tap):
     """``GeneralizedRCNN`` with ``StandardROIHeads``, ``CascadeROIHeads`` or ``Res5ROIHeads``.
@@ -166,6 +186,8 @@ class RCNNTap(Tap):
         strides = tuple(shapes[f].stride for f in rpn.in_features)
         result["rpn.obj"] = KeyInfo(rpn.rpn_head.objectness_logits.out_channels, strides)
         result["rpn.box"] = KeyInfo(rpn.rpn_head.anchor_deltas.out_channels, strides)
+        result["anchors"] = KeyInfo(None, strides, anchor_signature(rpn.anchor_generator))
+        result["assign"] = KeyInfo(None, strides)
         branch = _box_branch(model)
         levels = [shapes[f] for f in getattr(model.roi_heads, branch.features_attribute)]
         result["neck"] = KeyInfo(levels[0].channels, tuple(level.stride for level in levels))
@@ -185,6 +207,9 @@ class RCNNTap(Tap):
                     result[name] = info
         return result
 
+    def anchor_strides(self, model):
+        return list(model.proposal_generator.anchor_generator.strides)
+
     def paths(self, model, keys: Iterable[Key]) -> Set[str]:
         branch, result = _box_branch(model), set()
         for key in keys:
@@ -193,6 +218,8 @@ class RCNNTap(Tap):
                 result.add(key.name)
             elif key.group in ("backbone", "neck"):
                 result |= self.trunk_paths(model, key)
+            elif key.group in ("anchors", "assign"):
+                result.add("backbone")
             elif key.group == "rpn":
                 result.add("proposal_generator.rpn_head")
             elif key.group == "proposals":
@@ -212,6 +239,12 @@ class RCNNTap(Tap):
             return self.read_trunk(store, key)
         if key.group == "path":
             return [call.output for call in store.calls(key.name)]
+        if key.group == "anchors":
+            rpn = store.model.proposal_generator
+            features = store.single("backbone").output
+            return rpn.anchor_generator([features[f] for f in rpn.in_features])
+        if key.group == "assign":
+            return _rpn_assignment(store)
         if key.group == "rpn":
             output = store.single("proposal_generator.rpn_head").output
             return list(output[("obj", "box").index(key.name)])

@@ -18,7 +18,8 @@ padded network input, XYXY):
                        ``pred.ctr`` list of (N, A, H, W) logits
 ``anchors``            list of ``Boxes``, one a level; ``codec``: object with
                        ``apply_deltas(raw (R, D), anchors (R, 4)) -> (R, 4)``
-``assign``             :class:`Assignment` of the model's own matcher
+``assign``             :class:`Assignment` of the model's own matcher. Two-stage models: ``anchors``
+                       and ``assign`` are the RPN's, one class, before it samples
 ``rpn.obj, rpn.box``   lists of (N, A, H, W) and (N, 4A, H, W)
 ``proposals``          list of ``Instances`` with ``proposal_boxes``, ``gt_classes``, ``gt_boxes``
 ``roi.feat``           (R, C, h, w) pooled; ``roi.embed`` (R, D) input of the predictor;
@@ -254,6 +255,10 @@ class Tap:
         self, model: nn.Module, branch: str, start: int, level_features: List[torch.Tensor]
     ) -> Dict[str, List[torch.Tensor]]:
         raise ValueError(f"{type(model).__name__} has no dense head with towers")
+
+    def anchor_strides(self, model: nn.Module) -> List[int]:
+        """Return the strides of the levels of ``anchors``, fine to coarse."""
+        raise NotImplementedError
 
     # ------------------------------------------------------------------ shared by all families
     def observe(self, model: nn.Module, keys: Iterable[str], check: bool = True) -> _Observation:

@@ -1,0 +1,35 @@
+"""Blocks that distillation losses are made of; see :class:`kd_d2.blocks.PairTerm`.
+
+A method chooses one of each: a source of pairs, a region, an adapter, a transform, a distance, a
+normaliser. All are registered, so that a config can name them, and are plain classes that Python
+code composes.
+"""
+
+from .adapters import Adapter, ConvAdapter, LinearAdapter
+from .distances import BCE, KL, L1, QFL, Cosine, Distance, SmoothL1, SquaredL2
+from .normalisers import Const, Elements, Images, Normaliser, Positives, Weights
+from .pair import Block, Grid, Pair
+from .regions import (
+    All,
+    AnchorRegion,
+    Assigned,
+    CellRegion,
+    Complement,
+    Product,
+    Region,
+    Valid,
+    anchor_levels,
+    assignment_of,
+)
+from .registry import (
+    KD_ADAPTERS,
+    KD_DISTANCES,
+    KD_NORMALISERS,
+    KD_REGIONS,
+    KD_SOURCES,
+    KD_TRANSFORMS,
+    build_block,
+)
+from .sources import DenseSource, MapSource, Source
+from .term import LEVELS, PairDistiller, PairTerm
+from .transforms import Flatten, L2Norm, Sigmoid, Standardise, Transform

@@ -1,0 +1,94 @@
+"""Normalisers: what the weighted sum of a pair is divided by."""
+
+import torch
+
+from kd_d2.modeling.layers import reduce_mean
+
+from .pair import Block, Pair
+from .regions import assignment_of
+from .registry import KD_NORMALISERS
+
+__all__ = ["Const", "Elements", "Images", "Normaliser", "Positives", "Weights"]
+
+
+class Normaliser(Block):
+    """Interface of normalisers."""
+
+    def __call__(self, ctx, pair: Pair, weights: torch.Tensor) -> torch.Tensor:
+        """Return Z > 0, a scalar without gradient.
+
+        Args:
+            weights: of the positions, in the shape ``pair.positions``.
+        """
+        raise NotImplementedError
+
+
+@KD_NORMALISERS.register()
+class Elements(Normaliser):
+    """Number of compared elements: positions with a weight, times channels. Gives a mean."""
+
+    def __call__(self, ctx, pair, weights):
+        return (weights != 0).sum().clamp(min=1) * float(pair.num_channels)
+
+
+@KD_NORMALISERS.register()
+class Weights(Normaliser):
+    """``factor`` times the sum of the weights (times channels); at least ``floor``; + ``eps``."""
+
+    def __init__(
+        self,
+        factor: float = 1.0,
+        channels: bool = False,
+        floor: float = 1e-6,
+        eps: float = 0.0,
+    ):
+        self._factor, self._channels, self._floor, self._eps = factor, channels, floor, eps
+
+    def __call__(self, ctx, pair, weights):
+        factor = self._factor * (pair.num_channels if self._channels else 1)
+        return (factor * weights.sum()).clamp(min=self._floor) + self._eps
+
+
+@KD_NORMALISERS.register()
+class Images(Normaliser):
+    """Number of images of the rank's batch (times channels)."""
+
+    def __init__(self, channels: bool = False):
+        self._channels = channels
+
+    def __call__(self, ctx, pair, weights):
+        number = len(ctx.image_sizes)
+        if self._channels:
+            number *= pair.student.shape[1]
+        return weights.new_tensor(float(max(number, 1)))
+
+
+@KD_NORMALISERS.register()
+class Positives(Normaliser):
+    """Positives of the student's assigner, at least 1 an image; over the rank or its mean."""
+
+    student_needs = ("assign",)
+
+    def __init__(self, over: str = "ranks"):
+        """``over``: "ranks" (mean over all ranks, collective) or "rank" (this one)."""
+        if over not in ("rank", "ranks"):
+            raise ValueError(f'Positives: over must be "rank" or "ranks", got {over!r}')
+        self._reduced = over == "ranks"
+
+    def __call__(self, ctx, pair, weights):
+        number = assignment_of(ctx).positive.sum(dim=1).clamp(min=1).sum().float()
+        return reduce_mean(number) if self._reduced else number
+
+
+@KD_NORMALISERS.register()
+class Const(Normaliser):
+    """A number."""
+
+    def __init__(self, value: float = 1.0):
+        """Raises ``ValueError`` unless ``value`` is positive."""
+        if not value > 0:
+            raise ValueError(f"Const: the divisor must be positive, got {value}")
+        self._value = value
+
+    def __call__(self, ctx, pair, weights):
+        return weights.new_tensor(float(self._value))

@@ -1,0 +1,194 @@
+"""Interface of regions, and those that are made of others."""
+
+from typing import List, Sequence, Tuple
+
+import torch
+
+from kd_d2.distillation import Assignment
+
+from ..pair import Block, Grid, Pair
+from ..registry import KD_REGIONS
+
+__all__ = [
+    "All",
+    "AnchorRegion",
+    "Assigned",
+    "CellRegion",
+    "Complement",
+    "Product",
+    "Region",
+    "Valid",
+    "anchor_levels",
+    "assignment_of",
+]
+
+
+class Region(Block):
+    """Weight of every position of a pair; a constant of the step, without gradient."""
+
+    def __call__(self, ctx, pair: Pair) -> torch.Tensor:
+        """Return fp32 weights >= 0 of the shape ``pair.positions`` (or a prefix of it)."""
+        raise NotImplementedError
+
+
+class CellRegion(Region):
+    """A region that is defined on the cells of the pyramid, the same for all anchors of a cell."""
+
+    def cells(self, ctx, grids: Sequence[Grid]) -> List[torch.Tensor]:
+        """Return the weights (N, H, W) of every level."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(self, ctx, pair):
+        _require_grids(self, pair)
+        levels = ctx.memo((self, pair.grids), lambda: self.cells(ctx, pair.grids))
+        if pair.maps:
+            return levels[pair.level]
+        chosen = levels if pair.level is None else levels[pair.level : pair.level + 1]
+        cells = torch.cat([x.flatten(1) for x in chosen], dim=1)
+        return cells.repeat_interleave(pair.positions[1] // cells.shape[1], dim=1)
+
+
+class AnchorRegion(Region):
+    """A region that is defined per anchor; a cell of a map has the largest weight of its anchors."""
+
+    student_needs = ("anchors",)
+
+    def anchors(self, ctx) -> torch.Tensor:
+        """Return the weights (N, R) of the anchors of all levels of the student."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(self, ctx, pair):
+        _require_grids(self, pair)
+        weights = ctx.memo((self, "anchors"), lambda: self.anchors(ctx))
+        levels = anchor_levels(ctx, weights, pair.grids)
+        if pair.maps:
+            grid = pair.grids[pair.level]
+            return levels[pair.level].view(len(weights), grid.height, grid.width, -1).amax(dim=-1)
+        return torch.cat(levels, dim=1) if pair.level is None else levels[pair.level]
+
+
+def anchor_levels(ctx, values: torch.Tensor, grids: Sequence[Grid]) -> List[torch.Tensor]:
+    """Return ``values`` (N, R, ...) of the student's anchors split into the levels of ``grids``.
+
+    Levels are found by their stride: a two-stage student has anchors on one level more than its
+    RoI head reads.
+
+    Raises:
+        ValueError: there are no anchors on a level.
+    """
+    strides = ctx.student.tap.anchor_strides(ctx.student.model)
+    levels = values.split([len(boxes) for boxes in ctx.student["anchors"]], dim=1)
+    by_stride = dict(zip(strides, levels))
+    missing = [grid.stride for grid in grids if grid.stride not in by_stride]
+    if missing:
+        raise ValueError(
+            f"the student has anchors at strides {tuple(strides)}, none at {tuple(missing)}"
+        )
+    return [by_stride[grid.stride] for grid in grids]
+
+
+def assignment_of(ctx) -> Assignment:
+    """Return the student's own assignment of the step."""
+    return ctx.student["assign"]
+
+
+def _require_grids(region: Region, pair: Pair) -> None:
+    if not pair.grids:
+        raise ValueError(
+            f"{type(region).__name__} weights cells of a pyramid, but the values of '{pair.key}' "
+            "lie on none (RoIs, or maps behind SpatialSoftmax)"
+        )
+
+
+@KD_REGIONS.register()
+class All(Region):
+    """1 everywhere, padding included."""
+
+    def __call__(self, ctx, pair):
+        return pair.student.new_ones(pair.positions, dtype=torch.float32)
+
+
+@KD_REGIONS.register()
+class Valid(CellRegion):
+    """1 on the cells that the image has by itself, 0 in the padding of larger ones in its batch."""
+
+    def cells(self, ctx, grids):
+        divisibility = ctx.student.model.backbone.size_divisibility
+        masks = []
+        for grid in grids:
+            per_image = [_valid(grid, size, divisibility) for size in ctx.image_sizes]
+            masks.append(torch.stack(per_image).to(ctx.student.model.device))
+        return masks
+
+
+def _valid(grid: Grid, image_size: Tuple[int, int], divisibility: int) -> torch.Tensor:
+    """(H, W) mask; the rule of :func:`kd_d2.modeling.layers.valid_anchor_mask`."""
+    step = max(divisibility, 1)
+    rows, columns = (-(-(-(-int(side) // step) * step) // grid.stride) for side in image_size)
+    mask = torch.zeros(grid.height, grid.width)
+    mask[:rows, :columns] = 1.0
+    return mask
+
+
+@KD_REGIONS.register()
+class Assigned(AnchorRegion):
+    """1 at the anchors that the student's own assigner labels as asked.
+
+    "pos": foreground, "neg": background, "valid": either, "ignore": neither. For a two-stage
+    student these are the RPN's anchors, matched without sampling.
+    """
+
+    def __init__(self, label: str = "pos"):
+        """Raises ``ValueError`` if ``label`` is not one of the above."""
+        if label not in ("pos", "neg", "valid", "ignore"):
+            raise ValueError(f'Assigned: "pos", "neg", "valid" or "ignore", got {label!r}')
+        self._label = label
+        self.student_needs = ("anchors", "assign")
+
+    def anchors(self, ctx):
+        found = assignment_of(ctx)
+        mask = {
+            "pos": lambda: found.positive,
+            "neg": lambda: found.valid & ~found.positive,
+            "valid": lambda: found.valid,
+            "ignore": lambda: ~found.valid,
+        }[self._label]()
+        return mask.float()
+
+
+@KD_REGIONS.register()
+class Complement(Region):
+    """1 where a region of zeros and ones is 0, and 0 where it is not."""
+
+    def __init__(self, region: Region):
+        self._region = region
+
+    def bind(self, student_keys, teacher_keys):
+        self._region.bind(student_keys, teacher_keys)
+        self.student_needs = self._region.student_needs
+        self.teacher_needs = self._region.teacher_needs
+
+    def __call__(self, ctx, pair):
+        return (self._region(ctx, pair) == 0).float()
+
+
+@KD_REGIONS.register()
+class Product(Region):
+    """Product of the weights of several regions."""
+
+    def __init__(self, *regions: Region):
+        self._regions = regions
+
+    def bind(self, student_keys, teacher_keys):
+        for region in self._regions:
+            region.bind(student_keys, teacher_keys)
+        self.student_needs = tuple({k for r in self._regions for k in r.student_needs})
+        self.teacher_needs = tuple({k for r in self._regions for k in r.teacher_needs})
+
+    def __call__(self, ctx, pair):
+        result = self._regions[0](ctx, pair)
+        for region in self._regions[1:]:
+            result = result * region(ctx, pair)
+        return result

@@ -1,0 +1,212 @@
+"""Pair sources: which values of student and teacher are compared."""
+
+from typing import List, Sequence, Tuple
+
+import torch
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from torch.nn import functional as F
+
+from kd_d2.distillation import require_equal
+
+from .pair import Block, Grid, Pair
+from .registry import KD_SOURCES
+
+__all__ = ["DenseSource", "MapSource", "Source"]
+
+
+class Source(Block):
+    """Interface of pair sources.
+
+    Attributes (final after ``bind``):
+        widths: per pair (student's channels, teacher's channels), for adapters.
+    """
+
+    widths: Tuple[Tuple[int, int], ...] = ()
+
+    def __call__(self, ctx) -> List[Pair]:
+        """Return the pairs of this step; their number is that of ``widths``."""
+        raise NotImplementedError
+
+
+@KD_SOURCES.register()
+class MapSource(Source):
+    """Feature maps of a key that is a list over levels: the pyramid, or a stage of a tower.
+
+    Levels are paired by stride (a Faster R-CNN with P2-P5 and a RetinaNet with P3-P7 share P3, P4
+    and P5), or by index, as PKD's official code does for such pairs.
+    """
+
+    def __init__(
+        self,
+        key: str = "neck",
+        teacher_key: str = "",
+        pair: str = "stride",
+        levels: Sequence[int] = (),
+        resize: str = "none",
+    ):
+        """
+        Args:
+            key: of the student.
+            teacher_key: of the teacher; empty: the same.
+            pair: "stride" or "index".
+            levels: indices into the paired levels, fine to coarse; empty: all.
+            resize: maps of different size are an error ("none"), or the "student"'s, or the
+                "teacher"'s are resized bilinearly to the other's size.
+
+        Raises:
+            ValueError: ``pair`` or ``resize`` is not one of the above.
+        """
+        if pair not in ("stride", "index"):
+            raise ValueError(f'MapSource: pair must be "stride" or "index", got {pair!r}')
+        if resize not in ("none", "student", "teacher"):
+            raise ValueError(
+                f'MapSource: resize must be "none", "student" or "teacher", got {resize!r}'
+            )
+        self.key, self.teacher_key = key, teacher_key or key
+        self.student_needs, self.teacher_needs = (self.key,), (self.teacher_key,)
+        self._pairing, self._levels, self._resize = pair, tuple(levels), resize
+        self.indices: Tuple[Tuple[int, int], ...] = ()
+
+    def bind(self, student_keys, teacher_keys):
+        infos = []
+        for side, keys, key in (
+            ("student", student_keys, self.key),
+            ("teacher", teacher_keys, self.teacher_key),
+        ):
+            if key not in keys:
+                raise ValueError(f"MapSource compares '{key}', which the {side} does not have")
+            infos.append(keys[key])
+        student, teacher = infos
+        if self._pairing == "stride":
+            pairs = [
+                (i, teacher.strides.index(stride))
+                for i, stride in enumerate(student.strides)
+                if stride in teacher.strides
+            ]
+        else:
+            shorter = min(len(student.strides), len(teacher.strides))
+            pairs = [(i, i) for i in range(shorter)]
+        if not pairs:
+            raise ValueError(
+                f"MapSource: '{self.key}' of the student has strides {student.strides}, "
+                f"'{self.teacher_key}' of the teacher {teacher.strides}: no level in common; pair "
+                'by "index" and resize'
+            )
+        if any(not 0 <= level < len(pairs) for level in self._levels):
+            raise ValueError(
+                f"MapSource: levels {self._levels} of '{self.key}', but {len(pairs)} levels are "
+                "paired"
+            )
+        self.indices = tuple(pairs[i] for i in self._levels) if self._levels else tuple(pairs)
+        if self._resize == "none":
+            for i, j in self.indices:
+                if student.strides[i] != teacher.strides[j]:
+                    raise ValueError(
+                        f"MapSource: level {i} of the student's '{self.key}' has stride "
+                        f"{student.strides[i]}, its partner in the teacher {teacher.strides[j]}; "
+                        'pair by "stride", or resize one side'
+                    )
+        self._strides = tuple(student.strides[i] for i, _ in self.indices)
+        self.widths = tuple((student.channels, teacher.channels) for _ in self.indices)
+
+    def __call__(self, ctx):
+        ours, theirs = ctx.student[self.key], ctx.teacher[self.teacher_key]
+        pairs = [self._sized(ours[i], theirs[j]) for i, j in self.indices]
+        # a cell of a map that was resized covers other pixels
+        scale = [p[0].shape[-1] / ours[i].shape[-1] for p, (i, _) in zip(pairs, self.indices)]
+        grids = tuple(
+            Grid(*student.shape[-2:], stride if factor == 1 else round(stride / factor))
+            for (student, _), stride, factor in zip(pairs, self._strides, scale)
+        )
+        return [
+            Pair(student, teacher, True, grids, level, self.key)
+            for level, (student, teacher) in enumerate(pairs)
+        ]
+
+    def _sized(self, student, teacher):
+        if student.shape[-2:] == teacher.shape[-2:]:
+            return student, teacher
+        if self._resize == "none":
+            raise ValueError(
+                f"MapSource: maps of '{self.key}' differ in size, student "
+                f"{tuple(student.shape[-2:])}, teacher {tuple(teacher.shape[-2:])}; resize one side"
+            )
+
+        def resized(x, like):
+            size = like.shape[-2:]
+            return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+        if self._resize == "student":
+            return resized(student, teacher), teacher
+        return student, resized(teacher, student)
+
+
+@KD_SOURCES.register()
+class DenseSource(Source):
+    """Raw predictions of dense heads as rows, in the order of the anchors.
+
+    "cls": (N, R, K) logits; "box": (N, R, D) raw deltas, or (N, R, 4, n + 1) logits of GFL's
+    distributions with ``bins``; "ctr": (N, R, 1) logits.
+    """
+
+    def __init__(self, output: str = "cls", bins: bool = False, per_level: bool = False):
+        """
+        Args:
+            output: "cls", "box" or "ctr".
+            bins: for "box": one distribution over n + 1 bins per side; D of the rows is n + 1.
+            per_level: one pair a level instead of one of all levels.
+
+        Raises:
+            ValueError: another output.
+        """
+        if output not in ("cls", "box", "ctr"):
+            raise ValueError(f'DenseSource: output must be "cls", "box" or "ctr", got {output!r}')
+        self.key = f"pred.{output}"
+        self._output, self._bins, self._per_level = output, bins, per_level
+        self.student_needs = (self.key, "codec")
+        self.teacher_needs = (self.key, "codec")
+
+    def bind(self, student_keys, teacher_keys):
+        for side, keys in (("student", student_keys), ("teacher", teacher_keys)):
+            if self.key not in keys:
+                raise ValueError(
+                    f"DenseSource compares '{self.key}', which the {side} does not have: both must "
+                    "be dense detectors of one kind"
+                )
+        for key in (self.key, "codec", "anchors"):
+            require_equal("DenseSource", key, student_keys, teacher_keys)
+        facts = dict(student_keys["codec"].signature[1:])
+        self._box_dim = facts.get("box_dim", 4)
+        if self._bins and self._box_dim <= 4:
+            raise ValueError(
+                "DenseSource(bins=True) compares distributions over the bins of box sides (GFL), "
+                f"but these detectors predict {self._box_dim} numbers per box"
+            )
+        self._classes = student_keys["pred.cls"].signature[0]
+        self._strides = student_keys[self.key].strides
+        dim = self._dim()
+        self.widths = ((dim, dim),) * (len(self._strides) if self._per_level else 1)
+
+    def _dim(self) -> int:
+        if self._bins:
+            return self._box_dim // 4
+        return {"cls": self._classes, "box": self._box_dim, "ctr": 1}[self._output]
+
+    def __call__(self, ctx):
+        dim = {"cls": self._classes, "box": self._box_dim, "ctr": 1}[self._output]
+        sides = [
+            [permute_to_N_HWA_K(x, dim) for x in view[self.key]]
+            for view in (ctx.student, ctx.teacher)
+        ]
+        if self._bins:
+            sides = [[x.reshape(*x.shape[:2], 4, dim // 4) for x in side] for side in sides]
+        grids = tuple(
+            Grid(*x.shape[-2:], stride) for x, stride in zip(ctx.student[self.key], self._strides)
+        )
+        if self._per_level:
+            return [
+                Pair(s, t, False, grids, level, self.key)
+                for level, (s, t) in enumerate(zip(*sides))
+            ]
+        student, teacher = (torch.cat(side, dim=1) for side in sides)
+        return [Pair(student, teacher, False, grids, None, self.key)]
