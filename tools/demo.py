@@ -8,23 +8,16 @@ finished is kept: started again, the demo goes on where it was interrupted.
 
 import argparse
 import contextlib
-import glob
-import json
-import logging
 import os
-import sys
-import time
 from dataclasses import dataclass
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 from detectron2.data import DatasetCatalog
-from detectron2.engine import HookBase, default_setup
-from detectron2.utils.logger import setup_logger
-from tqdm import tqdm
 
-from kd_d2.checkpoint import KDCheckpointer, atomic_write
-from kd_d2.data import build_sample_loader, check_datasets, register_all
+from kd_d2.checkpoint import KDCheckpointer
+from kd_d2.data import build_sample_loader
+from kd_d2.engine.experiment import finished_result, prepare_data, train_once
 from kd_d2.engine.main import build_config
 from kd_d2.engine.trainer import KDTrainer
 from kd_d2.visualization import draw_curves, draw_detections, html_page, markdown_table
@@ -60,31 +53,6 @@ QUICK = [
 ]  # fmt: skip
 
 
-class ProgressBar(HookBase):
-    """Iterations, time left and total loss on one terminal line."""
-
-    def __init__(self, title: str):
-        self._title = title
-
-    def before_train(self):
-        self._bar = tqdm(
-            total=self.trainer.max_iter,
-            initial=self.trainer.start_iter,
-            desc=f"{self._title:<30}",
-            file=sys.__stderr__,
-            mininterval=0.5,
-        )
-
-    def after_step(self):
-        latest = self.trainer.storage.latest()
-        if "total_loss" in latest:
-            self._bar.set_postfix(loss=f"{latest['total_loss'][0]:.3f}", refresh=False)
-        self._bar.update()
-
-    def after_train(self):
-        self._bar.close()
-
-
 def main() -> None:
     args = parse_args()
     os.makedirs(args.output_dir, exist_ok=True)
@@ -116,93 +84,22 @@ def config_of(run: Run, args: argparse.Namespace):
     return build_config(os.path.join(ROOT, run.config), opts + (QUICK if args.quick else []))
 
 
-def train(run: Run, args: argparse.Namespace) -> Dict[str, float]:
+def train(run: Run, args: argparse.Namespace) -> Dict[str, Any]:
     """Train and evaluate one network, or read the result of an earlier call."""
     cfg = config_of(run, args)
-    # before logging starts, so that the progress bar of the data set is seen
-    register_all(cfg)
-    check_datasets(cfg)
-    for name in cfg.DATASETS.TRAIN:
-        DatasetCatalog.get(name)
-    result_file = os.path.join(cfg.OUTPUT_DIR, "result.json")
-    fingerprint = cfg.dump()
-    if os.path.isfile(result_file):
-        with open(result_file) as f:
-            stored = json.load(f)
-        if stored["config"] == fingerprint:
-            print(f"{run.title:<30}: done before, AP {stored['AP']:.2f}", flush=True)
-            return stored
-    with quiet(cfg.OUTPUT_DIR):
-        interrupted = was_started(cfg)
-        if not interrupted:
-            remove_checkpoints(cfg.OUTPUT_DIR)
-        start_logs(cfg)
-        trainer = KDTrainer(cfg)
-        trainer.register_hooks([ProgressBar(run.title)])
-        trainer.resume_or_load(resume=interrupted)
-        started = time.time()
-        metrics = trainer.train() or trainer._last_eval_results
-        result = {
-            **{key: metrics["bbox"][key] for key in ("AP", "AP50", "AP75")},
-            "parameters": sum(p.numel() for p in trainer.student.parameters()),
-            "seconds": time.time() - started,
-            "iterations": trainer.max_iter,
-            "resumed": trainer.start_iter > 0,
-            "config": fingerprint,
-        }
-    with atomic_write(result_file) as f:
-        f.write(json.dumps(result).encode())
-    print(f"{run.title:<30}: AP {result['AP']:.2f}", flush=True)
+    prepare_data(cfg)
+    before = finished_result(cfg) is not None
+    result = train_once(cfg, run.title)
+    done = "done before, " if before else ""
+    print(f"{run.title:<30}: {done}AP {result['metrics']['AP']:.2f}", flush=True)
     return result
 
 
-def was_started(cfg) -> bool:
-    """Whether this very run was begun before; Detectron2 writes the config when a run starts."""
-    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    if not os.path.isfile(path):
-        return False
-    with open(path) as f:
-        return f.read() == cfg.dump()
-
-
-def remove_checkpoints(folder: str) -> None:
-    """Remove what a run with another config left, so that it is never continued."""
-    for path in glob.glob(os.path.join(folder, "model_*.pth")) + [
-        os.path.join(folder, "last_checkpoint")
-    ]:
-        if os.path.isfile(path):
-            os.remove(path)
-
-
-@contextlib.contextmanager
-def quiet(folder: str):
-    """Send what the COCO tools print to a file; the terminal is for progress."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "stdout.txt"), "a") as f, contextlib.redirect_stdout(f):
-        yield
-
-
-def start_logs(cfg) -> None:
-    """Log to the folder of this run only; the terminal shows warnings."""
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "kd_d2")]
-    for logger in loggers:
-        logger.handlers.clear()
-    default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
-    setup_logger(cfg.OUTPUT_DIR, name="kd_d2", abbrev_name="kd")
-    for logger in loggers:
-        consoles = [h for h in logger.handlers if type(h) is logging.StreamHandler]
-        for handler in consoles:
-            logger.removeHandler(handler)
-        warnings = logging.StreamHandler(sys.__stderr__)
-        warnings.setLevel(logging.WARNING)
-        logger.addHandler(warnings)
-
-
-def table(results: Dict[str, Dict[str, float]]) -> str:
+def table(results: Dict[str, Dict[str, Any]]) -> str:
     rows = [
         [
             run.title,
-            *(f"{results[run.name][key]:.2f}" for key in ("AP", "AP50", "AP75")),
+            *(f"{results[run.name]['metrics'][key]:.2f}" for key in ("AP", "AP50", "AP75")),
             f"{results[run.name]['parameters'] / 1e6:.2f}",
             str(results[run.name]["iterations"]),
             f"{results[run.name]['seconds']:.0f}"
@@ -222,7 +119,7 @@ def report(results, args) -> str:
     images, columns = detections(args)
     picture = os.path.join(folder, "detections.png")
     draw_detections(images, columns, picture, score_threshold=0.4)
-    gain = results["crosskd"]["AP"] - results["plain"]["AP"]
+    gain = results["crosskd"]["metrics"]["AP"] - results["plain"]["metrics"]["AP"]
     text = (
         f"Seed {args.seed}: CrossKD changes the AP of the student by {gain:+.2f}. "
         "All networks were trained from scratch on generated scenes with handwritten digits."
@@ -244,7 +141,7 @@ def detections(args, num_images: int = 6) -> Tuple[List[dict], List[Tuple[str, l
     inputs: List[dict] = []
     for run in RUNS:
         cfg = config_of(run, args)
-        with quiet(cfg.OUTPUT_DIR):
+        with open(os.devnull, "w") as f, contextlib.redirect_stdout(f):
             model = KDTrainer.build_student(cfg).eval()
             weights = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
             KDCheckpointer(model).load(weights)
