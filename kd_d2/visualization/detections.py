@@ -13,6 +13,7 @@ def draw_detections(
     path: str,
     score_threshold: float = 0.3,
     class_names: Sequence[str] = (),
+    truth_last: bool = False,
 ) -> None:
     """Draw one row an image: ground truth, then each detector's boxes with class and score.
 
@@ -23,6 +24,7 @@ def draw_detections(
         path: PNG to write.
         score_threshold: detections below are not drawn.
         class_names: names by class index; empty: the index itself.
+        truth_last: the ground truth is the last column instead of the first.
     """
     import matplotlib
 
@@ -31,6 +33,8 @@ def draw_detections(
 
     rows, cols = len(images), len(columns) + 1
     figure, axes = plt.subplots(rows, cols, figsize=(2.6 * cols, 2.7 * rows), squeeze=False)
+    first = 0 if truth_last else 1  # column of the first detector
+    truth = cols - 1 if truth_last else 0
     for i, record in enumerate(images):
         picture = record["image"].permute(1, 2, 0).numpy()
         for axis in axes[i]:
@@ -39,15 +43,16 @@ def draw_detections(
             axis.set_axis_off()
         for annotation in record.get("annotations", []):
             box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-            _box(axes[i][0], box, _name(annotation["category_id"], class_names), "lime")
-        for axis, (_, outputs) in zip(axes[i][1:], columns):
+            _box(axes[i][truth], box, _name(annotation["category_id"], class_names), "lime")
+        for axis, (_, outputs) in zip(axes[i][first:], columns):
             kept = outputs[i][outputs[i].scores >= score_threshold]
             for box, label, score in zip(
                 kept.pred_boxes.tensor.tolist(), kept.pred_classes.tolist(), kept.scores.tolist()
             ):
                 _box(axis, box, f"{_name(label, class_names)} {score:.2f}", "yellow")
-    for axis, title in zip(axes[0], ["ground truth"] + [title for title, _ in columns]):
+    for axis, (title, _) in zip(axes[0][first:], columns):
         axis.set_title(title, fontsize=9)
+    axes[0][truth].set_title("ground truth", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
