@@ -1,0 +1,132 @@
+#!/usr/bin/env python
+"""Distances of students to teacher and ground truth in the course of their training (Fig. 5).
+
+    python projects/CrossKD/tools/l1_curves.py --config-file CONFIG --output curves \
+        --run baseline=output/plain --run mimic=output/mimic --run CrossKD=output/crosskd \
+        KD.TEACHER.WEIGHTS TEACHER.pth
+
+Every model_<iteration>.pth of the folders is measured on the images: |p^s - p^t| and |p^s - p^gt|
+of both branches (definitions: kd_d2.projects.crosskd.analysis.l1_curves) and AP on the same
+images. Writes curves.csv after every checkpoint, and curves.png. All runs have the student of
+--config-file and are measured against its teacher.
+"""
+
+import contextlib
+import csv
+import os
+from typing import Dict, List, Optional, Sequence
+
+import torch
+from command_line import parse, parser, prepare, teacher_of, titled_path
+from detectron2.evaluation import inference_on_dataset
+from detectron2.modeling import build_model
+from tqdm import tqdm
+
+from kd_d2.data import build_sample_loader
+from kd_d2.distillation import freeze
+from kd_d2.engine.main import short_errors
+from kd_d2.evaluation import build_sample_evaluator
+from kd_d2.projects.crosskd.analysis.dense import DenseBatch
+from kd_d2.projects.crosskd.analysis.images import load_images
+from kd_d2.projects.crosskd.analysis.l1_curves import MEASURES, L1Distances, find_checkpoints
+from kd_d2.projects.crosskd.analysis.observer import PREDICTIONS, Observer, load_weights
+from kd_d2.projects.crosskd.analysis.pictures import draw_panels
+
+PANELS = {
+    "cls_teacher": "(a) scores, to teacher",
+    "reg_teacher": "(a) boxes, to teacher [strides]",
+    "cls_gt": "(b) scores, to ground truth",
+    "reg_gt": "(b) boxes, to ground truth [strides]",
+    "AP": "(c) AP",
+}
+
+
+def parse_arguments(arguments: Optional[Sequence[str]] = None):
+    result = parser(__doc__, num_images=5000)
+    result.add_argument(
+        "--run",
+        action="append",
+        required=True,
+        type=titled_path,
+        metavar="TITLE=FOLDER",
+        help="output folder of a training run; may be given several times",
+    )
+    result.add_argument("--no-ap", action="store_true", help="distances only")
+    return parse(result, arguments)
+
+
+def distances(student, teacher, records) -> Dict[str, float]:
+    """Means of all measures at the student's present weights."""
+    result = L1Distances()
+    observer = Observer(student, teacher, *PREDICTIONS)
+    for record in records:
+        result.add(DenseBatch(observer([record])))
+    return result.means()
+
+
+def average_precision(cfg, student, dataset: str, num_images: int, folder: str) -> float:
+    """COCO's AP (percent) on evenly spaced images."""
+    student.eval()
+    with open(os.path.join(folder, "evaluation.txt"), "a") as f, contextlib.redirect_stdout(f):
+        results = inference_on_dataset(
+            student,
+            build_sample_loader(cfg, dataset, num_images),
+            build_sample_evaluator(cfg, dataset, os.path.join(folder, "inference")),
+        )
+    return float(results["bbox"]["AP"])
+
+
+def write(rows: List[dict], path: str) -> None:
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(rows: List[dict], path: str) -> None:
+    panels = []
+    for name, title in PANELS.items():
+        if name not in rows[0]:
+            continue
+        curves: Dict[str, list] = {}
+        for row in rows:
+            curves.setdefault(row["run"], []).append((row["iteration"], row[name]))
+        panels.append((title, curves))
+    draw_panels(path, panels, "iteration")
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    args = parse_arguments(arguments)
+    with short_errors():
+        if args.images and not args.no_ap:
+            raise ValueError("AP is measured on evenly spaced images; use --num-images, or --no-ap")
+        cfg, dataset = prepare(args)
+        runs = [(title, find_checkpoints(folder)) for title, folder in args.run]
+        student, teacher = freeze(build_model(cfg)), teacher_of(cfg)
+        Observer(student, teacher, *PREDICTIONS)  # complains now rather than after loading
+        records = load_images(cfg, dataset, args.images, args.num_images)
+    rows: List[dict] = []
+    table = os.path.join(args.output, "curves.csv")
+    with tqdm(total=sum(len(checkpoints) for _, checkpoints in runs), desc="checkpoints") as bar:
+        for title, checkpoints in runs:
+            for iteration, path in checkpoints:
+                bar.set_postfix_str(f"{title}, iteration {iteration}")
+                with short_errors():
+                    load_weights(student, path, cfg.KD.ALLOW_UNSAFE_LOAD)
+                row = {"run": title, "iteration": iteration, **distances(student, teacher, records)}
+                if not args.no_ap:
+                    with torch.no_grad():
+                        row["AP"] = average_precision(
+                            cfg, student, dataset, args.num_images, args.output
+                        )
+                rows.append(row)
+                write(rows, table)
+                bar.update()
+    picture = os.path.join(args.output, "curves.png")
+    draw(rows, picture)
+    assert set(MEASURES) <= set(rows[0])
+    print(f"written: {table}, {picture}")
+
+
+if __name__ == "__main__":
+    main()
