@@ -29,7 +29,8 @@ def add_schedule_config(node: CN) -> None:
     # The factor grows linearly from 0 to 1 over this many iterations after START_ITER.
     node.SCHEDULE.WARMUP_ITERS = 0
     # Decay of the factor between the end of the warm-up and END_ITER (or SOLVER.MAX_ITER):
-    # "none" (1 throughout), "linear" (1 -> 0) or "cosine" (1 -> 0, half a period).
+    # "none" (1 throughout), "linear" (1 -> 0), "cosine" (1 -> 0, half a period) or "updown" (1 -> 2
+    # over the first quarter, then linearly to 0; DeFeat's official code, by epochs there).
     node.SCHEDULE.DECAY = "none"
 
 

@@ -6,11 +6,12 @@ from typing import Callable, Dict
 
 __all__ = ["DECAYS", "LossSchedule"]
 
-# progress in [0, 1] -> factor in [0, 1]
+# progress in [0, 1] -> factor in [0, 1]; "updown" (DeFeat) rises from 1 to 2 over the first quarter
 DECAYS: Dict[str, Callable[[float], float]] = {
     "none": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "updown": lambda progress: min(1.0 + 4.0 * progress, 8.0 / 3.0 * (1.0 - progress)),
 }
 
 
@@ -55,7 +56,7 @@ class LossSchedule:
         return cls(node.START_ITER, end_iter, node.WARMUP_ITERS, node.DECAY)
 
     def __call__(self, iteration: int) -> float:
-        """Return the factor at ``iteration`` (0-based), in [0, 1]."""
+        """Return the factor at ``iteration`` (0-based), in [0, 1], or [0, 2] for "updown"."""
         if not self.start_iter <= iteration < self.end_iter:
             return 0.0
         active = iteration - self.start_iter

@@ -40,6 +40,23 @@ def test_decay_runs_from_the_end_of_the_warmup_to_the_end(decay, expected):
     assert factors == pytest.approx([0.0, 0.5] + expected + [0.0])
 
 
+@pytest.mark.parametrize(
+    "decay, expected",
+    [
+        # DeFeat's decays over 12 epochs
+        ("linear", [1, 11 / 12, 10 / 12, 9 / 12, 8 / 12]),
+        ("cosine", [1, 0.9829629131, 0.9330127019, 0.8535533906, 0.75]),
+        (
+            "updown",
+            [1, 4 / 3, 5 / 3, 2, 16 / 9, 14 / 9, 12 / 9, 10 / 9, 8 / 9, 6 / 9, 4 / 9, 2 / 9],
+        ),
+    ],
+)
+def test_decays_over_twelve_epochs(decay, expected):
+    found = _factors(range(len(expected)), end_iter=12, decay=decay)
+    assert found == pytest.approx(expected)
+
+
 def test_warmup_longer_than_the_interval_never_reaches_one():
     assert _factors(range(4), end_iter=3, warmup_iters=9) == pytest.approx([0.1, 0.2, 0.3, 0.0])
 
@@ -53,7 +70,10 @@ def test_a_factor_depends_on_the_iteration_only():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"decay": "exp"}, "SCHEDULE.DECAY must be one of .*'cosine', 'linear', 'none'.*'exp'"),
+        (
+            {"decay": "exp"},
+            "SCHEDULE.DECAY must be one of .*'cosine', 'linear', 'none', 'updown'.*'exp'",
+        ),
         ({"start_iter": 5, "end_iter": 5}, r"END_ITER \(5\) must be larger than START_ITER \(5\)"),
         ({"start_iter": 5, "end_iter": 4}, r"END_ITER \(4\)"),
         ({"start_iter": -1}, "must not be negative, got -1 and 0"),
