@@ -18,11 +18,6 @@ def demo():
     return module
 
 
-def config(demo, tmp_path, seed):
-    args = argparse.Namespace(output_dir=str(tmp_path), seed=seed, quick=True)
-    return demo.config_of(demo.RUNS[2], args)
-
-
 def test_students_share_everything_but_distillation(demo, tmp_path):
     args = argparse.Namespace(output_dir=str(tmp_path), seed=3, quick=False)
     teacher, plain, crosskd = (demo.config_of(run, args) for run in demo.RUNS)
@@ -33,26 +28,9 @@ def test_students_share_everything_but_distillation(demo, tmp_path):
     assert teacher.MODEL.RESNETS.DEPTH > plain.MODEL.RESNETS.DEPTH
 
 
-def test_only_the_very_same_run_is_continued(demo, tmp_path):
-    cfg = config(demo, tmp_path, seed=1)
-    assert not demo.was_started(cfg)
-    os.makedirs(cfg.OUTPUT_DIR)
-    path = pathlib.Path(cfg.OUTPUT_DIR)
-    (path / "config.yaml").write_text(cfg.dump())
-    assert demo.was_started(cfg)
-    assert not demo.was_started(config(demo, tmp_path, seed=2))
-
-
-def test_checkpoints_of_another_run_are_removed(demo, tmp_path):
-    for name in ("model_0000029.pth", "model_final.pth", "last_checkpoint", "log.txt"):
-        (tmp_path / name).write_text("x")
-    demo.remove_checkpoints(str(tmp_path))
-    assert os.listdir(tmp_path) == ["log.txt"]
-
-
 def test_table(demo):
     result = {
-        "AP": 1.234, "AP50": 5.0, "AP75": 0.5, "parameters": 11_610_000,
+        "metrics": {"AP": 1.234, "AP50": 5.0, "AP75": 0.5}, "parameters": 11_610_000,
         "iterations": 600, "seconds": 9.6, "resumed": False,
     }  # fmt: skip
     results = {run.name: dict(result) for run in demo.RUNS}
