@@ -1,40 +1,135 @@
 #!/usr/bin/env python
-"""Time a distillation step against its parts, on random images, all in one run.
+"""Time and memory of a distillation step against its parts, on random images.
 
+    python benchmarks/step_time.py --table --rounds 40 --output step_time.json
     python benchmarks/step_time.py --config-file projects/CrossKD/configs/.../x.yaml \\
-        --image-size 320 320 --batch-size 2 KD.TEACHER.ALLOW_UNTRAINED True KD.TEACHER.WEIGHTS ""
+        MODEL.WEIGHTS "" KD.TEACHER.WEIGHTS "" KD.TEACHER.ALLOW_UNTRAINED True
 
-Every round times, one after the other: a plain student step (forward, backward, optimizer), the
-teacher stages that the distillers need, the distillers by themselves on stored tensors (for
-CrossKD: alignment, cross pass, losses and their backward), the mechanism by itself (hooks, reading
-of what they recorded, second assignment), and a full KD step. Medians over the rounds are compared,
-so drift of the machine affects all parts alike. "rest" is the median over the rounds of what no
-part explains: gradients added up where two losses meet, memory traffic, and noise.
+The figure of merit is
+
+    KD step / (student step + teacher forward),
+
+where the teacher forward is that of the plain network, as Detectron2 runs it: normalisation and
+padding, backbone, head, in eval mode without gradients. Nothing that the library does to make its
+teacher faster or slower is part of the denominator.
+
+Every round runs, one after the other: a student step (forward, backward, optimizer), the plain
+teacher forward, the teacher as the distillers use it, the distillers by themselves on stored
+tensors (for CrossKD: alignment, cross pass, losses and their backward), the mechanism by itself
+(hooks, reading of what they recorded, second assignment), and a full KD step. A ratio is computed
+per round, and the median over the rounds is reported with the quartiles, so that drift of the
+machine affects all parts alike. "rest" is what no part explains: gradients added up where two
+losses meet, memory traffic, noise.
+
+Memory is the peak of a process that runs KD steps minus the peak of one that runs plain student
+steps; both start fresh. On the CPU that is the resident set (teacher's weights and everything else
+included), on a GPU what the allocator handed out.
+
+Every config is measured in a process of its own. Only dense detectors can be measured.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
+import platform
+import resource
 import statistics
 import time
 from typing import Any, Callable, Dict, List
 
 import torch
+from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from kd_d2.distillation import DistillationContext
+from kd_d2.distillation import DetectorTeacher, DistillationContext, freeze
 from kd_d2.engine.main import build_config
 from kd_d2.engine.optimizer import build_optimizer
 from kd_d2.engine.trainer import KDTrainer
 
+CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
+TABLE = [os.path.join(CONFIGS, f"{n}_r18_r50.yaml") for n in ("gfl", "retinanet", "fcos", "atss")]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+MIB = 2**20
 
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config-file", action="append", default=[], help="with KD.ENABLED True; may be repeated"
+    )
+    parser.add_argument("--table", action="store_true", help="add the four files of configs/")
+    parser.add_argument("--image-size", type=int, nargs=2, default=(320, 320), metavar="PIXELS")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=3, help="rounds that are not counted")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all")
+    parser.add_argument(
+        "--clock",
+        choices=sorted(CLOCKS),
+        default="wall",
+        help="cpu: processor time of all threads, for a machine that is not idle",
+    )
+    parser.add_argument(
+        "--memory-steps", type=int, default=5, help="steps whose peak counts; 0: no memory"
+    )
+    parser.add_argument("--output", default="", help="JSON file for the figures")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
+    args = parser.parse_args()
+    files = args.config_file + (TABLE if args.table else [])
+    if not files:
+        parser.error("give --config-file or --table")
+    for file in files:
+        cfg = build_config(file, args.opts)
+        if not cfg.KD.ENABLED:
+            parser.error(f"{file} has KD.ENABLED False: there is nothing to compare")
+        if args.clock == "cpu" and torch.device(cfg.MODEL.DEVICE).type != "cpu":
+            parser.error("--clock cpu does not see what a GPU does")
+    results = []
+    for file in files:
+        figures = _in_fresh_process(measure_time, file, args)
+        if args.memory_steps:
+            with_kd = _in_fresh_process(measure_peak, file, args, True)
+            student = _in_fresh_process(measure_peak, file, args, False)
+            figures["memory"] = {
+                "student alone": student,
+                "KD": with_kd,
+                "extra": with_kd - student,
+                "teacher's weights": figures.pop("teacher's weights"),
+            }
+        results.append({"config": os.path.relpath(file), **figures})
+        print(f"{results[-1]['config']}:\n{details(results[-1])}\n", flush=True)
+    report = {"environment": environment(args, cfg), "results": results}
+    print(headline(report["environment"]) + "\n\n" + table(results))
+    if args.output:
+        with open(args.output, "w") as f:
+            json.dump(report, f, indent=1)
+            f.write("\n")
+
+
+def _in_fresh_process(function: Callable, *args) -> Any:
+    """Call ``function`` in a process that starts with nothing but the imports of this file."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+# ---------------------------------------------------------------------------- what is measured
 class StoredView:
     """Values of a tap by key, as leaves of the graph, in place of a live student or teacher."""
 
-    def __init__(self, store, keys):
+    def __init__(self, store, keys, requires_grad: bool):
         self._store = store
         self.keys = sorted(keys)
-        self._values = {key: _leaves(store[key]) for key in keys}
+        self._values = {key: _leaves(store[key], requires_grad) for key in keys}
 
     def __getitem__(self, key):
         return self._values[key]
@@ -43,12 +138,12 @@ class StoredView:
         return getattr(self._store, name)
 
 
-def _leaves(value: Any) -> Any:
+def _leaves(value: Any, requires_grad: bool) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.detach()
-        return value.requires_grad_(value.is_floating_point())
+        return value.requires_grad_(requires_grad and value.is_floating_point())
     if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-        return [_leaves(item) for item in value]
+        return [_leaves(item, requires_grad) for item in value]
     return value
 
 
@@ -67,44 +162,65 @@ def random_batch(size: int, height: int, width: int, num_classes: int) -> List[D
     return batch
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, help="a config with KD.ENABLED True")
-    parser.add_argument("--image-size", type=int, nargs=2, default=(320, 320), metavar="PIXELS")
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--warmup", type=int, default=3, help="rounds that are not counted")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all")
-    parser.add_argument("--output", default="", help="JSON file for the figures")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
-    args = parser.parse_args()
+def _prepared(file: str, args, distil: bool):
+    """Network in training mode, its optimizer and a batch."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    cfg = build_config(args.config_file, args.opts)
-    if not cfg.KD.ENABLED:
-        parser.error(f"{args.config_file} has KD.ENABLED False: there is nothing to compare")
-    figures = measure(cfg, args)
-    report(figures, cfg, args)
-
-
-def measure(cfg, args) -> Dict[str, float]:
-    """Return the median seconds of every part."""
+    cfg = build_config(file, args.opts).clone()
+    cfg.defrost()
+    cfg.KD.ENABLED = distil
+    cfg.freeze()
     torch.manual_seed(0)
     model = KDTrainer.build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # random labels: keep the weights where they are
-    num_classes = getattr(model.student, "num_classes", None) or cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    batch = random_batch(args.batch_size, *args.image_size, num_classes)
+    num_classes = (model.student if distil else model).num_classes
+    return cfg, model, optimizer, random_batch(args.batch_size, *args.image_size, num_classes)
 
-    def step(network: Callable):
-        losses = network(batch)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
 
+def _step(network: Callable, optimizer, batch) -> None:
+    losses = network(batch)
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    optimizer.step()
+
+
+def measure_peak(file: str, args, distil: bool) -> float:
+    """Peak memory of this process, MiB, after a few steps of the student with or without KD."""
+    cfg, model, optimizer, batch = _prepared(file, args, distil)
+    with EventStorage(0):
+        for _ in range(args.memory_steps):
+            _step(model, optimizer, batch)
+    if torch.device(cfg.MODEL.DEVICE).type == "cuda":
+        return torch.cuda.max_memory_allocated() / MIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+
+
+def _plain_teacher(cfg, model) -> Callable:
+    """The teacher's forward in eval mode as Detectron2 runs it, without decoding and NMS."""
+    plain = freeze(build_model(DetectorTeacher.load_config(cfg)))
+    if not isinstance(plain, DenseDetector):
+        raise ValueError(f"{type(plain).__name__}: only dense detectors can be measured")
+    plain.load_state_dict(model.teacher.state_to_copy())
+
+    def forward(batch):
+        with torch.no_grad():
+            images = plain.preprocess_image(batch)
+            features = plain.backbone(images.tensor)
+            plain.head([features[f] for f in plain.head_in_features])
+
+    return forward
+
+
+def _needs(model, side: str):
+    return set().union(*(getattr(distiller, side) for distiller in model.distillers.values()))
+
+
+def measure_time(file: str, args) -> Dict[str, Any]:
+    """Seconds of every part, their ratios, and the size of the teacher's weights."""
+    cfg, model, optimizer, batch = _prepared(file, args, distil=True)
+    plain = _plain_teacher(cfg, model)
     with EventStorage(0):
         with model.tap.observe(model.student, model._student_needs, check=False) as observation:
             model.student(batch)
@@ -113,8 +229,8 @@ def measure(cfg, args) -> Dict[str, float]:
             batched_inputs=batch,
             gt_instances=ctx.gt_instances,
             padded_size=ctx.padded_size,
-            student=StoredView(ctx.student, set().union(*_needs(model, "student_needs"))),
-            teacher=StoredView(ctx.teacher, set().union(*_needs(model, "teacher_needs"))),
+            student=StoredView(ctx.student, _needs(model, "student_needs"), True),
+            teacher=StoredView(ctx.teacher, _needs(model, "teacher_needs"), False),
             iteration=0,
         )
 
@@ -135,53 +251,120 @@ def measure(cfg, args) -> Dict[str, float]:
                 ctx.student[key]
 
         parts = {
-            "student step": lambda: step(model.student),
-            "teacher stages": teacher,
+            "student step": lambda: _step(model.student, optimizer, batch),
+            "teacher forward": lambda: plain(batch),
+            "teacher as used": teacher,
             "distillers": distillers,
             "mechanism": mechanism,
-            "KD step": lambda: step(model),
+            "KD step": lambda: _step(model, optimizer, batch),
         }
         times: Dict[str, List[float]] = {name: [] for name in parts}
         for round_number in range(args.warmup + args.rounds):
             for name, run in parts.items():
-                seconds = _timed(run)
+                seconds = _timed(run, CLOCKS[args.clock])
                 if round_number >= args.warmup:
                     times[name].append(seconds)
-    figures = {name: statistics.median(values) for name, values in times.items()}
-    *others, total = times.values()
-    figures["rest"] = statistics.median(t - sum(o) for t, *o in zip(total, *others))
-    return figures
+    weights = model.teacher.model.state_dict().values()
+    return {**summary(times), "teacher's weights": sum(w.nbytes for w in weights) / MIB}
 
 
-def _needs(model, side: str):
-    return [getattr(distiller, side) for distiller in model.distillers.values()]
-
-
-def _timed(run: Callable) -> float:
+def _timed(run: Callable, clock: Callable[[], float]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def report(figures: Dict[str, float], cfg, args) -> None:
-    parts = figures["student step"] + figures["teacher stages"]
-    figures["KD step / (student step + teacher stages)"] = figures["KD step"] / parts
-    for name in ("mechanism", "rest"):
-        figures[f"{name} / KD step"] = figures[name] / figures["KD step"]
-    device = torch.cuda.get_device_name() if cfg.MODEL.DEVICE != "cpu" else "CPU"
-    size = "x".join(map(str, args.image_size))
-    print(f"{args.config_file}: {args.batch_size} images of {size}, {device}, "
-          f"{torch.get_num_threads()} threads, median of {args.rounds}")  # fmt: skip
-    for name, value in figures.items():
-        unit = "" if "/" in name else " s"
-        print(f"  {name:<42} {value:9.4f}{unit}")
-    if args.output:
-        with open(args.output, "w") as f:
-            json.dump(figures, f, indent=1)
+def summary(times: Dict[str, List[float]]) -> Dict[str, Any]:
+    """Medians and quartiles of the parts and of what is computed per round.
+
+    Args:
+        times: part -> seconds of each round; the parts of :func:`measure_time`.
+    """
+    rounds = [dict(zip(times, values)) for values in zip(*times.values())]
+    used = ("student step", "teacher as used", "distillers", "mechanism")
+    rest = [r["KD step"] - sum(r[name] for name in used) for r in rounds]
+    ratio = [r["KD step"] / (r["student step"] + r["teacher forward"]) for r in rounds]
+    return {
+        "ratio": _spread(ratio),
+        "seconds": {name: _spread(values) for name, values in {**times, "rest": rest}.items()},
+    }
+
+
+def _spread(values: List[float]) -> Dict[str, float]:
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return {"median": statistics.median(values), "quartiles": [low, high]}
+
+
+# ------------------------------------------------------------------------------------ reports
+def environment(args, cfg) -> Dict[str, Any]:
+    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else _cpu_model(),
+        "threads": args.threads or torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "batch": args.batch_size,
+        "image size": list(args.image_size),
+        "rounds": args.rounds,
+        "clock": args.clock,
+        "opts": args.opts,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            lines = [line for line in f if line.startswith("model name")]
+        return lines[0].split(":", 1)[1].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def headline(env: Dict[str, Any]) -> str:
+    size = "x".join(map(str, env["image size"]))
+    return (
+        f"{env['batch']} images of {size}, {env['device']}, {env['threads']} threads, "
+        f"torch {env['torch']}, {env['clock']} clock, medians of {env['rounds']} interleaved rounds"
+    )
+
+
+def details(result: Dict[str, Any]) -> str:
+    lines = [
+        f"  {name:<42} {value['median']:9.4f} s   ({_range(value, 4)})"
+        for name, value in result["seconds"].items()
+    ]
+    ratio = result["ratio"]
+    name = "KD step / (student step + teacher forward)"
+    lines.append(f"  {name:<42} {ratio['median']:9.3f}     ({_range(ratio, 3)})")
+    for name, value in result.get("memory", {}).items():
+        lines.append(f"  {'memory: ' + name:<42} {value:9.0f} MiB")
+    return "\n".join(lines)
+
+
+def _range(value: Dict[str, Any], digits: int) -> str:
+    low, high = value["quartiles"]
+    return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+_COLUMNS = ("student step", "teacher forward", "teacher as used", "distillers", "KD step")
+
+
+def table(results: List[Dict[str, Any]]) -> str:
+    """Markdown table, one row per config; quartiles of the ratio in brackets."""
+    header = ["config", *(f"{c}, s" for c in _COLUMNS), "ratio", "extra memory, MiB"]
+    rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    for result in results:
+        name = os.path.splitext(os.path.basename(result["config"]))[0]
+        seconds = [f"{result['seconds'][c]['median']:.3f}" for c in _COLUMNS]
+        ratio = f"{result['ratio']['median']:.3f} ({_range(result['ratio'], 3)})"
+        memory = result.get("memory")
+        extra = "" if memory is None else f"{memory['extra']:+.0f}"
+        rows.append([name, *seconds, ratio, extra])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":

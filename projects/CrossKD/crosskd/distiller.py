@@ -7,7 +7,7 @@ from detectron2.config import configurable
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch.nn import functional as F
 
-from kd_d2.distillation import DISTILLER_REGISTRY, Distiller
+from kd_d2.distillation import DISTILLER_REGISTRY, Distiller, MethodInfo
 from kd_d2.losses.imitation import align_statistics
 
 from .compatibility import check_pair, num_tower_stages
@@ -36,6 +36,25 @@ class CrossKD(Distiller):
     Terms: ``cls``, ``reg`` and, for detectors whose preset has it, ``ctr``; prefixed ``mimic_``
     for the mode "mimic" when both modes are on.
     """
+
+    info = MethodInfo(
+        title="CrossKD: cross-head knowledge distillation",
+        paper="Wang et al., CrossKD: Cross-Head Knowledge Distillation for Dense Object Detection, "
+        "arXiv 2306.11369",
+        compares="predictions of student features in the teacher's head with the teacher's own",
+        requires=(
+            "dense detectors of one kind",
+            "equal head towers (stages, channels), strides, classes, anchors and box coder",
+            "ground truth",
+        ),
+        gains=(
+            "GFL R-101 -> R-50: 40.2 -> 43.7, with PKD 43.9 (CrossKD's Table 7)",
+            "GFL R-50 -> R-18: 35.8 -> 38.7 (Table 1)",
+            "RetinaNet R-101 -> R-50: 37.4 -> 39.7 (Table 8)",
+            "FCOS R-101 -> R-50: 38.5 -> 41.3 (Table 8)",
+            "ATSS R-101 -> R-50: 39.4 -> 41.8 (Table 8)",
+        ),
+    )
 
     @configurable
     def __init__(
