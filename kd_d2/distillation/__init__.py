@@ -3,6 +3,7 @@
 from . import dense_tap, rcnn_tap  # noqa: F401  (register their taps)
 from .context import DistillationContext, StudentView
 from .distiller import DISTILLER_REGISTRY, Distiller, build_distillers, require_equal
+from .gradients import gradient_norms
 from .method_info import MethodInfo
 from .model import KDModel
 from .recorder import ModuleRecorder, RecordedCall
@@ -34,5 +35,6 @@ __all__ = [
     "build_tap",
     "build_teacher",
     "freeze",
+    "gradient_norms",
     "require_equal",
 ]

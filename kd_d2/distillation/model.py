@@ -9,6 +9,7 @@ from torch import nn
 
 from .context import DistillationContext, StudentView
 from .distiller import Distiller
+from .gradients import gradient_norms
 from .schedule import LossSchedule
 from .taps import build_tap
 from .teacher import Teacher
@@ -149,28 +150,24 @@ class KDModel(nn.Module):
                 )
 
     def _log_gradient_ratios(self, losses, kd_losses, observation) -> None:
-        """Log |d L_kd / d pyramid| / |d L_det / d pyramid| per distiller.
+        """Log |d L_kd / d pyramid| / |d L_det / d pyramid| per distiller, and per term of those
+        that have several.
 
         Gradients with respect to activations do not reach any parameter, hence not DDP's hooks.
-        They are total derivatives: what reaches p7 counts for p6, too, when p7 is made from it.
         """
         pyramid = observation.single("backbone").output
         features = [f for f in pyramid.values() if f.requires_grad]
         if not features:
             return
-        detection = _gradient_norm(sum(losses.values()), features)
-        for label in self.distillers:
-            prefix = f"loss_kd/{label}/"
-            total = sum(v for k, v in kd_losses.items() if k.startswith(prefix))
-            ratio = _gradient_norm(total, features) / max(detection, 1e-12)
-            get_event_storage().put_scalar(f"kd_grad_ratio/{label}", ratio)
-
-
-def _gradient_norm(loss: torch.Tensor, inputs: List[torch.Tensor]) -> float:
-    if not loss.requires_grad:
-        return 0.0
-    grads = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
-    return float(sum((g.float() ** 2).sum() for g in grads if g is not None)) ** 0.5
+        pulls = {None: sum(losses.values())}  # no distiller's label
+        for label, distiller in self.distillers.items():
+            terms = {f"{label}/{t}": kd_losses[f"loss_kd/{label}/{t}"] for t in distiller.terms}
+            pulls[label] = sum(terms.values())
+            pulls.update(terms if len(terms) > 1 else {})
+        norms = {k: v["pyramid"] for k, v in gradient_norms(pulls, {"pyramid": features}).items()}
+        detection = max(norms.pop(None), 1e-12)
+        for name, norm in norms.items():
+            get_event_storage().put_scalar(f"kd_grad_ratio/{name}", norm / detection)
 
 
 class _LazyTeacher:
