@@ -2,19 +2,29 @@
 
 import argparse
 import os
-from typing import Tuple
+from typing import List, Sequence, Tuple
 
 from detectron2.config import CfgNode
 
 from kd_d2.data import check_datasets, register_all
 from kd_d2.distillation import Teacher, build_teacher
 from kd_d2.engine.main import build_config
+from kd_d2.projects.crosskd.analysis.pictures import level_name
 
-__all__ = ["class_names", "parser", "prepare", "teacher_of", "titled_path"]
+__all__ = [
+    "add_drawing",
+    "chosen_levels",
+    "class_names",
+    "parse",
+    "parser",
+    "prepare",
+    "teacher_of",
+    "titled_path",
+]
 
 
 def parser(description: str, num_images: int) -> argparse.ArgumentParser:
-    """The options of every command; ``opts`` has to be added last, see :func:`parse`.
+    """The options of every command; :func:`parse` adds the last one.
 
     Args:
         description: docstring of the command.
@@ -41,6 +51,34 @@ def parser(description: str, num_images: int) -> argparse.ArgumentParser:
         help="without --images: so many, evenly spaced (default: %(default)s)",
     )
     return result
+
+
+def add_drawing(result: argparse.ArgumentParser) -> None:
+    """Options of the commands that draw a picture of every image."""
+    result.add_argument(
+        "--pictures",
+        type=int,
+        default=8,
+        metavar="N",
+        help="draw the first N images; arrays are written for all (default: %(default)s)",
+    )
+    result.add_argument(
+        "--levels", default="", metavar="P3,P4,...", help="levels to draw (default: all)"
+    )
+
+
+def chosen_levels(text: str, strides: Sequence[int]) -> List[int]:
+    """Indices of the levels named in ``text``, e.g. "p3,p4"; all if it is empty.
+
+    Raises:
+        ValueError: the detector has no such level.
+    """
+    known = [level_name(stride) for stride in strides]
+    names = [name.strip().lower() for name in text.split(",")] if text else known
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        raise ValueError(f"--levels names '{wrong[0]}', the detector has {', '.join(known)}")
+    return [known.index(name) for name in names]
 
 
 def parse(result: argparse.ArgumentParser, arguments) -> argparse.Namespace:

@@ -17,7 +17,7 @@ from collections import Counter
 from typing import Dict, List, Optional, Sequence
 
 import numpy as np
-from command_line import class_names, parse, parser, prepare, teacher_of
+from command_line import add_drawing, chosen_levels, class_names, parse, parser, prepare, teacher_of
 from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
@@ -58,6 +58,7 @@ def parse_arguments(arguments: Optional[Sequence[str]] = None):
         metavar="NAME",
         help="draw this class only (default: the highest of all)",
     )
+    add_drawing(result)
     return parse(result, arguments)
 
 
@@ -84,13 +85,13 @@ def arrays(levels) -> Dict[str, np.ndarray]:
     return result
 
 
-def picture(path: str, record, levels, classes: slice, cfg) -> None:
+def picture(path: str, record, levels, classes: slice, offset: float, cfg) -> None:
     size = tuple(record["image"].shape[-2:])
     rows = []
     for level in levels:
         maps = [x[:, classes].amax(dim=(0, 1)) for x in _scores(level)]
         maps.append(level.conflict.any(dim=0).float())
-        enlarged = [to_image(x.cpu(), level.stride, size, "nearest").numpy() for x in maps]
+        enlarged = [to_image(x.cpu(), level.stride, size, offset, "nearest").numpy() for x in maps]
         rows.append((level_name(level.stride), enlarged))
     boxes = record["instances"].gt_boxes.tensor.tolist()
     draw_overlays(path, rgb_picture(record, cfg.INPUT.FORMAT), boxes, TITLES, rows)
@@ -140,6 +141,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         classes = class_index(args.label, class_names(MetadataCatalog.get(dataset)))
         student, teacher = freeze(student_of(cfg, args.weights)), teacher_of(cfg)
         observer = Observer(student, teacher, *PREDICTIONS)
+        drawn_levels = chosen_levels(args.levels, student.anchor_generator.strides)
         records = load_images(cfg, dataset, args.images, args.num_images)
     rows, pictures = [], []
     for record in tqdm(records, desc="conflict maps"):
@@ -150,8 +152,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         name = os.path.join(args.output, f"conflicts_{record['index']:05d}")
         boxes = record["instances"].gt_boxes.tensor.numpy()
         np.savez_compressed(f"{name}.npz", boxes=boxes, **arrays(levels))
-        picture(f"{name}.png", record, levels, classes, cfg)
-        pictures.append(os.path.basename(f"{name}.png"))
+        if len(pictures) < args.pictures:
+            drawn = [levels[i] for i in drawn_levels]
+            picture(f"{name}.png", record, drawn, classes, student.anchor_generator.offset, cfg)
+            pictures.append(os.path.basename(f"{name}.png"))
     with open(os.path.join(args.output, "fractions.csv"), "w", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()

@@ -6,8 +6,8 @@
 
 For every image, |dL/df_i^s| averaged over channels, for each method, tower and level:
 gradients_<index>.png (over the image), gradients_<index>.npz (raw values, keys
-method.tower.level), shares.csv (fraction of the sum of |dL/df| inside ground-truth boxes, and the
-fraction of the image that the boxes cover), table.md and index.html.
+method.tower.level), shares.csv (fraction of the sum of |dL/df| inside ground-truth boxes, and
+what it would be for a gradient spread evenly), table.md and index.html.
 """
 
 import csv
@@ -18,7 +18,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from command_line import parse, parser, prepare, teacher_of
+from command_line import add_drawing, chosen_levels, parse, parser, prepare, teacher_of
 from tqdm import tqdm
 
 from kd_d2.engine.main import short_errors
@@ -58,57 +58,59 @@ def parse_arguments(arguments: Optional[Sequence[str]] = None):
         action="store_true",
         help="one colour range for all levels of a method and tower, instead of one per map",
     )
+    add_drawing(result)
     return parse(result, arguments)
 
 
-def analyse(record, observer, taps, labels, strides) -> Tuple[Dict[str, np.ndarray], List[dict]]:
+def analyse(record, observer, taps, labels, grid) -> Tuple[Dict[str, np.ndarray], List[dict]]:
     """Raw maps "method.tower.p<level>" of one image, and its rows of shares.csv."""
     seen = observer([record])
     boxes = record["instances"].gt_boxes.tensor
-    size = tuple(record["image"].shape[-2:])
-    area = float(box_coverage(boxes, size, 1).mean())
     maps, rows = {}, []
     for label in labels:
         for tower, key in taps.items():
-            inside = total = 0.0
-            for stride, values in zip(strides, gradient_maps(seen, label, key)):
-                values = values[0].double().cpu()
-                name = level_name(stride)
+            inside = even = total = 0.0
+            for stride, values in zip(grid.strides, gradient_maps(seen, label, key)):
+                values, name = values[0].double().cpu(), level_name(stride)
+                coverage = box_coverage(boxes, tuple(values.shape), stride, grid.offset)
+                share, flat = share_inside(values, coverage), float(coverage.mean())
                 maps[f"{label}.{tower}.{name}"] = values.float().numpy()
-                share = share_inside(values, box_coverage(boxes, tuple(values.shape), stride))
-                rows.append(_row(record, label, tower, name, share, area, len(boxes)))
-                total += float(values.sum())
-                inside += float(values.sum()) * (0.0 if math.isnan(share) else share)
-            share = inside / total if total else math.nan
-            rows.append(_row(record, label, tower, "all", share, area, len(boxes)))
+                rows.append(_row(record, label, tower, name, share, flat))
+                if not math.isnan(share):
+                    total += float(values.sum())
+                    inside += float(values.sum()) * share
+                    even += float(values.sum()) * flat
+            share, flat = (inside / total, even / total) if total else (math.nan, math.nan)
+            rows.append(_row(record, label, tower, "all", share, flat))
     return maps, rows
 
 
-def _row(record, label, tower, level, share, area, num_boxes) -> dict:
+def _row(record, label, tower, level, share, even) -> dict:
     return {
         "index": record["index"],
         "image_id": record["image_id"],
+        "boxes": len(record["instances"]),
         "method": label,
         "tower": tower,
         "level": level,
         "share_inside": share,
-        "box_area": area,
-        "boxes": num_boxes,
+        "share_if_even": even,
     }
 
 
-def picture(path, record, maps, taps, labels, strides, cfg, shared: bool) -> None:
+def picture(path, record, maps, taps, labels, grid, levels, args, cfg) -> None:
     size = tuple(record["image"].shape[-2:])
+    strides = [grid.strides[level] for level in levels]
     names = [level_name(stride) for stride in strides]
     rows = []
     for label in labels:
         for tower in taps:
-            raw = [maps[f"{label}.{tower}.{name}"] for name in names]
+            raw = [torch.from_numpy(maps[f"{label}.{tower}.{name}"]) for name in names]
             enlarged = [
-                to_image(torch.from_numpy(values), stride, size).numpy()
+                to_image(values, stride, size, grid.offset).numpy()
                 for values, stride in zip(raw, strides)
             ]
-            rows.append((f"{label}, {tower}", min_max(enlarged, shared)))
+            rows.append((f"{label}, {tower}", min_max(enlarged, args.shared_scale)))
     boxes = record["instances"].gt_boxes.tensor.tolist()
     draw_overlays(path, rgb_picture(record, cfg.INPUT.FORMAT), boxes, names, rows)
 
@@ -121,11 +123,12 @@ def table(rows: List[dict]) -> str:
             groups[row["method"], row["tower"], row["level"]].append(row)
     lines = []
     for key, group in groups.items():
-        share, area = (
-            sum(row[name] for row in group) / len(group) for name in ("share_inside", "box_area")
+        share, even = (
+            sum(row[name] for row in group) / len(group)
+            for name in ("share_inside", "share_if_even")
         )
-        lines.append([*key, f"{share:.3f}", f"{area:.3f}", f"{share / area:.2f}", str(len(group))])
-    header = ["method", "tower", "level", "inside boxes", "area of boxes", "ratio", "images"]
+        lines.append([*key, f"{share:.3f}", f"{even:.3f}", f"{share / even:.2f}", str(len(group))])
+    header = ["method", "tower", "level", "inside boxes", "if even", "ratio", "images"]
     return markdown_table(header, lines)
 
 
@@ -137,25 +140,27 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         observer, taps, labels = gradient_observer(
             cfg, student, teacher, args.methods.split(","), args.position, not args.after_relu
         )
+        grid = student.anchor_generator
+        levels = chosen_levels(args.levels, grid.strides)
         records = load_images(cfg, dataset, args.images, args.num_images)
-    strides = list(student.anchor_generator.strides)
     rows, pictures = [], []
     for record in tqdm(records, desc="gradient maps"):
-        maps, lines = analyse(record, observer, taps, labels, strides)
+        maps, lines = analyse(record, observer, taps, labels, grid)
         rows += lines
         name = os.path.join(args.output, f"gradients_{record['index']:05d}")
         boxes = record["instances"].gt_boxes.tensor.numpy()
         np.savez_compressed(f"{name}.npz", boxes=boxes, **maps)
-        picture(f"{name}.png", record, maps, taps, labels, strides, cfg, args.shared_scale)
-        pictures.append(os.path.basename(f"{name}.png"))
+        if len(pictures) < args.pictures:
+            picture(f"{name}.png", record, maps, taps, labels, grid, levels, args, cfg)
+            pictures.append(os.path.basename(f"{name}.png"))
     with open(os.path.join(args.output, "shares.csv"), "w", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     text = (
         f"Features: {', '.join(f'{tower} {key}' for tower, key in taps.items())}. Fraction of the "
-        "sum of |dL/df| inside ground-truth boxes, mean over images; the ratio to the area of the "
-        "boxes is 1 for a gradient that is spread evenly."
+        "sum of |dL/df| inside ground-truth boxes, mean over images, and the same for a gradient "
+        "that is spread evenly over each level."
     )
     with open(os.path.join(args.output, "table.md"), "w") as f:
         f.write(f"{text}\n\n{table(rows)}\n")

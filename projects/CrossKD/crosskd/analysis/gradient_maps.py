@@ -137,19 +137,24 @@ def gradient_maps(seen: Observation, label: str, key: str) -> List[torch.Tensor]
     ]
 
 
-def box_coverage(boxes: torch.Tensor, size: Tuple[int, int], stride: int) -> torch.Tensor:
+def box_coverage(
+    boxes: torch.Tensor, size: Tuple[int, int], stride: int, offset: float = 0.5
+) -> torch.Tensor:
     """Share of each cell's area that lies in at least one box, (H, W).
 
-    Cell (row, column) is the square of side ``stride`` at (row, column) * stride.
+    A cell is the square of side ``stride`` around its reference point, (row, column) plus
+    ``offset``, times ``stride``.
 
     Args:
         boxes: (M, 4) XYXY in pixels of the padded image; a pixel belongs to a box if its centre
             does.
         size: (H, W), number of cells.
+        offset: of the anchor generator, in cells.
     """
     height, width = size
-    rows = torch.arange(height * stride, device=boxes.device) + 0.5
-    columns = torch.arange(width * stride, device=boxes.device) + 0.5
+    corner = round((offset - 0.5) * stride)
+    rows = torch.arange(corner, corner + height * stride, device=boxes.device) + 0.5
+    columns = torch.arange(corner, corner + width * stride, device=boxes.device) + 0.5
     mask = torch.zeros(len(rows), len(columns), device=boxes.device)
     for x0, y0, x1, y1 in boxes.tolist():
         inside_rows, inside_columns = (rows >= y0) & (rows < y1), (columns >= x0) & (columns < x1)
@@ -164,16 +169,23 @@ def share_inside(values: torch.Tensor, coverage: torch.Tensor) -> float:
 
 
 def to_image(
-    values: torch.Tensor, stride: int, size: Tuple[int, int], mode: str = "bilinear"
+    values: torch.Tensor,
+    stride: int,
+    size: Tuple[int, int],
+    offset: float = 0.5,
+    mode: str = "bilinear",
 ) -> torch.Tensor:
     """A map of cells (H, W) at the resolution of the image (h, w), without its padding.
 
     Args:
+        offset: of the anchor generator, in cells; see :func:`box_coverage`.
         mode: "bilinear" or "nearest".
     """
     full = (values.shape[0] * stride, values.shape[1] * stride)
     corners = {"align_corners": False} if mode == "bilinear" else {}
-    resized = F.interpolate(values[None, None].float(), size=full, mode=mode, **corners)[0, 0]
+    resized = F.interpolate(values[None, None].float(), size=full, mode=mode, **corners)
+    shift = round((0.5 - offset) * stride)
+    resized = F.pad(resized, (0, shift, 0, shift), mode="replicate")[0, 0, shift:, shift:]
     return resized[: size[0], : size[1]]
 
 
