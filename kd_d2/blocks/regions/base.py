@@ -19,7 +19,9 @@ __all__ = [
     "Region",
     "Valid",
     "anchor_levels",
+    "anchor_strides",
     "assignment_of",
+    "at_strides",
 ]
 
 
@@ -50,7 +52,7 @@ class CellRegion(Region):
 
 
 class AnchorRegion(Region):
-    """A region that is defined per anchor; a cell of a map has the largest weight of its anchors."""
+    """A region that is defined per anchor; a cell of a map has the largest one of its anchors."""
 
     student_needs = ("anchors",)
 
@@ -78,13 +80,27 @@ def anchor_levels(ctx, values: torch.Tensor, grids: Sequence[Grid]) -> List[torc
     Raises:
         ValueError: there are no anchors on a level.
     """
-    strides = ctx.student.tap.anchor_strides(ctx.student.model)
     levels = values.split([len(boxes) for boxes in ctx.student["anchors"]], dim=1)
+    return at_strides("anchors of the student", anchor_strides(ctx), levels, grids)
+
+
+def anchor_strides(ctx) -> List[int]:
+    """Return the strides of the levels of the student's anchors."""
+    return ctx.student.tap.anchor_strides(ctx.student.model)
+
+
+def at_strides(what: str, strides: Sequence[int], levels: Sequence, grids: Sequence[Grid]) -> List:
+    """Return those of ``levels``, which have ``strides``, that belong to ``grids``.
+
+    Raises:
+        ValueError: a level is missing; ``what`` names the values.
+    """
     by_stride = dict(zip(strides, levels))
     missing = [grid.stride for grid in grids if grid.stride not in by_stride]
     if missing:
         raise ValueError(
-            f"the student has anchors at strides {tuple(strides)}, none at {tuple(missing)}"
+            f"{what} lie at strides {tuple(strides)}, none at {tuple(missing)}; compare other "
+            "levels (levels= of the source) or use another region"
         )
     return [by_stride[grid.stride] for grid in grids]
 
