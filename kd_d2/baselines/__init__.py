@@ -4,7 +4,8 @@ Every module is one method, with its config node.
 """
 
 from .fitnets import FitNets
+from .ld import LD
 from .pair import Pair
 from .pkd import PKD
 
-__all__ = ["PKD", "FitNets", "Pair"]
+__all__ = ["LD", "PKD", "FitNets", "Pair"]

@@ -6,20 +6,35 @@ code composes.
 """
 
 from .adapters import Adapter, ConvAdapter, LinearAdapter
+from .context_block import ContextBlock
 from .distances import BCE, KL, L1, QFL, Cosine, Distance, SmoothL1, SquaredL2
+from .masked_generator import MaskedGenerator
 from .normalisers import Const, Elements, Images, Normaliser, Positives, Weights
 from .pair import Block, Grid, Pair
 from .regions import (
+    VLR,
     All,
     AnchorRegion,
     Assigned,
+    BoxRegion,
     CellRegion,
     Complement,
+    Gaussian,
+    GISelect,
+    GTCells,
+    GTCentre,
+    NearAnchor,
+    PredDiff,
     Product,
     Region,
+    ScaledBackground,
+    ScaledGT,
+    StudentScore,
+    TeacherConf,
     Valid,
     anchor_levels,
     assignment_of,
+    fpn_level,
 )
 from .registry import (
     KD_ADAPTERS,
@@ -31,5 +46,7 @@ from .registry import (
     build_block,
 )
 from .sources import DenseSource, MapSource, Source
+from .ssim import SSIM, structural_similarity
 from .term import LEVELS, PairDistiller, PairTerm
 from .transforms import Flatten, L2Norm, Sigmoid, Standardise, Transform
+from .trunk_source import TrunkSource

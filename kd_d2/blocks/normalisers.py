@@ -51,16 +51,16 @@ class Weights(Normaliser):
 
 @KD_NORMALISERS.register()
 class Images(Normaliser):
-    """Number of images of the rank's batch (times channels)."""
+    """``factor`` times the number of images of the rank's batch (times channels)."""
 
-    def __init__(self, channels: bool = False):
-        self._channels = channels
+    def __init__(self, channels: bool = False, factor: float = 1.0):
+        self._channels, self._factor = channels, factor
 
     def __call__(self, ctx, pair, weights):
-        number = len(ctx.image_sizes)
+        number = max(len(ctx.image_sizes), 1) * self._factor
         if self._channels:
             number *= pair.student.shape[1]
-        return weights.new_tensor(float(max(number, 1)))
+        return weights.new_tensor(float(number))
 
 
 @KD_NORMALISERS.register()

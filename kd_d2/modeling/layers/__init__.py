@@ -1,6 +1,6 @@
 """Parts of detectors that have no configuration of their own."""
 
-from .atss_assigner import ATSSAssigner, atss_threshold
+from .atss_assigner import ATSSAssigner, atss_candidates, atss_threshold
 from .centerness import centerness
 from .distribution import DistributionBox2BoxTransform
 from .paired_iou import paired_iou
@@ -14,6 +14,7 @@ __all__ = [
     "DistributionBox2BoxTransform",
     "Scale",
     "apply_score_factor",
+    "atss_candidates",
     "atss_threshold",
     "centerness",
     "paired_iou",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .paired_iou import paired_iou
 
-__all__ = ["ATSSAssigner", "atss_threshold"]
+__all__ = ["ATSSAssigner", "atss_candidates", "atss_threshold"]
 
 # A positive anchor's centre is inside its box by more than this on every side, pixels.
 _MIN_INSIDE = 0.01
@@ -31,6 +31,34 @@ def atss_threshold(ious: Tensor, mask: Tensor) -> Tensor:
     mean = (ious * mask).sum(dim=1) / count.clamp(min=1)
     squares = ((ious - mean[:, None]) * mask).square().sum(dim=1)
     return mean + (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def atss_candidates(anchors: List[Boxes], gt_boxes: Boxes, valid: Tensor, topk: int = 9) -> Tensor:
+    """The anchors of each level whose centres are nearest to that of a box.
+
+    Of equally distant ones the first in grid order; all of them on a smaller level.
+
+    Args:
+        anchors: per level (Ri, 4).
+        gt_boxes: (M, 4), same coordinates.
+        valid: bool (R,) over all levels.
+        topk: per box and level.
+
+    Returns:
+        int64 (M, C), indices over all levels; invalid anchors only where valid ones lack.
+    """
+    gt_centers = gt_boxes.get_centers()
+    candidates, start = [], 0
+    for level in anchors:
+        stop = start + len(level)
+        offsets = level.get_centers()[None] - gt_centers[:, None]
+        distances = offsets.square().sum(dim=2)
+        distances.masked_fill_(~valid[start:stop], float("inf"))
+        # topk leaves open which of equal distances it takes, and anchor grids have many.
+        order = distances.argsort(dim=1, stable=True)
+        candidates.append(order[:, :topk] + start)
+        start = stop
+    return torch.cat(candidates, dim=1)
 
 
 class ATSSAssigner:
@@ -76,7 +104,7 @@ class ATSSAssigner:
         if valid is None:
             valid = torch.ones(num_anchors, dtype=torch.bool, device=boxes.device)
 
-        candidates = self._nearest(anchors, gt_boxes, valid)  # (M, C)
+        candidates = atss_candidates(anchors, gt_boxes, valid, self.topk)
         is_candidate = valid[candidates]
         ious = paired_iou(boxes.tensor[candidates], gt_boxes.tensor[:, None])
         threshold = atss_threshold(ious, is_candidate)
@@ -89,18 +117,3 @@ class ATSSAssigner:
         claims.scatter_(1, candidates, torch.where(positive, ious, -1.0))
         best_iou, best_gt = claims.max(dim=0)
         return torch.where(best_iou >= 0, best_gt, -1)
-
-    def _nearest(self, anchors: List[Boxes], gt_boxes: Boxes, valid: Tensor) -> Tensor:
-        """Returns indices (M, C) over all levels; invalid anchors only where valid ones lack."""
-        gt_centers = gt_boxes.get_centers()
-        candidates, start = [], 0
-        for level in anchors:
-            stop = start + len(level)
-            offsets = level.get_centers()[None] - gt_centers[:, None]
-            distances = offsets.square().sum(dim=2)
-            distances.masked_fill_(~valid[start:stop], float("inf"))
-            # topk leaves open which of equal distances it takes, and anchor grids have many.
-            order = distances.argsort(dim=1, stable=True)
-            candidates.append(order[:, : self.topk] + start)
-            start = stop
-        return torch.cat(candidates, dim=1)
