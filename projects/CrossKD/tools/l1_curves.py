@@ -28,7 +28,7 @@ from kd_d2.engine.main import short_errors
 from kd_d2.evaluation import build_sample_evaluator
 from kd_d2.projects.crosskd.analysis.dense import DenseBatch
 from kd_d2.projects.crosskd.analysis.images import load_images
-from kd_d2.projects.crosskd.analysis.l1_curves import MEASURES, L1Distances, find_checkpoints
+from kd_d2.projects.crosskd.analysis.l1_curves import L1Distances, find_checkpoints
 from kd_d2.projects.crosskd.analysis.observer import PREDICTIONS, Observer, load_weights
 from kd_d2.projects.crosskd.analysis.pictures import draw_panels
 
@@ -52,6 +52,11 @@ def parse_arguments(arguments: Optional[Sequence[str]] = None):
         help="output folder of a training run; may be given several times",
     )
     result.add_argument("--no-ap", action="store_true", help="distances only")
+    result.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what curves.csv in the output folder has of the same files and images",
+    )
     return parse(result, arguments)
 
 
@@ -76,11 +81,37 @@ def average_precision(cfg, student, dataset: str, num_images: int, folder: str) 
     return float(results["bbox"]["AP"])
 
 
+def measure(args, cfg, student, teacher, records, dataset: str, path: str) -> Dict[str, float]:
+    """Everything about one checkpoint."""
+    with short_errors():
+        load_weights(student, path, cfg.KD.ALLOW_UNSAFE_LOAD)
+    result = distances(student, teacher, records)
+    if not args.no_ap:
+        with torch.no_grad():
+            result["AP"] = average_precision(cfg, student, dataset, args.num_images, args.output)
+    return result
+
+
 def write(rows: List[dict], path: str) -> None:
     with open(path, "w", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def earlier(path: str, images: str, no_ap: bool) -> Dict[tuple, dict]:
+    """Rows of an earlier call by (run, checkpoint), those of the same images only."""
+    if not os.path.isfile(path):
+        return {}
+    with open(path, newline="") as f:
+        rows = [row for row in csv.DictReader(f) if row.get("images") == images]
+    result = {}
+    for row in rows:
+        if ("AP" in row) != no_ap:
+            numbers = {name: float(row[name]) for name in PANELS if name in row}
+            values = {**row, **numbers, "iteration": int(row["iteration"])}
+            result[row["run"], row["checkpoint"]] = values
+    return result
 
 
 def draw(rows: List[dict], path: str) -> None:
@@ -105,26 +136,24 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         student, teacher = freeze(build_model(cfg)), teacher_of(cfg)
         Observer(student, teacher, *PREDICTIONS)  # complains now rather than after loading
         records = load_images(cfg, dataset, args.images, args.num_images)
-    rows: List[dict] = []
     table = os.path.join(args.output, "curves.csv")
+    images = f"{dataset}: {args.images or len(records)}"
+    known = earlier(table, images, args.no_ap) if args.resume else {}
+    rows: List[dict] = []
     with tqdm(total=sum(len(checkpoints) for _, checkpoints in runs), desc="checkpoints") as bar:
         for title, checkpoints in runs:
             for iteration, path in checkpoints:
                 bar.set_postfix_str(f"{title}, iteration {iteration}")
-                with short_errors():
-                    load_weights(student, path, cfg.KD.ALLOW_UNSAFE_LOAD)
-                row = {"run": title, "iteration": iteration, **distances(student, teacher, records)}
-                if not args.no_ap:
-                    with torch.no_grad():
-                        row["AP"] = average_precision(
-                            cfg, student, dataset, args.num_images, args.output
-                        )
-                rows.append(row)
+                if (title, path) in known:
+                    rows.append(known[title, path])
+                else:
+                    head = {"run": title, "iteration": iteration}
+                    values = measure(args, cfg, student, teacher, records, dataset, path)
+                    rows.append({**head, **values, "images": images, "checkpoint": path})
                 write(rows, table)
                 bar.update()
     picture = os.path.join(args.output, "curves.png")
     draw(rows, picture)
-    assert set(MEASURES) <= set(rows[0])
     print(f"written: {table}, {picture}")
 
 
