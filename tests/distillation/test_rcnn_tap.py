@@ -84,7 +84,9 @@ def test_keys_with_widths_and_strides(family):
             "neck": KeyInfo(256, (16,)),
             "rpn.obj": KeyInfo(9, (16,)),  # 3 sizes, 3 aspect ratios
             "rpn.box": KeyInfo(36, (16,)),
+            "assign": KeyInfo(None, (16,)),
         }
+        anchor_sizes = [(16, 32, 64)]
         roi = (KeyInfo(256, (), (6, 6)), 512, 4 * K, (10.0, 10.0, 5.0, 5.0))
     else:
         strides = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
@@ -95,7 +97,9 @@ def test_keys_with_widths_and_strides(family):
             "neck": KeyInfo(32, (4, 8, 16, 32)),  # what the RoI head pools from: no p6
             "rpn.obj": KeyInfo(3, tuple(strides.values())),
             "rpn.box": KeyInfo(12, tuple(strides.values())),
+            "assign": KeyInfo(None, tuple(strides.values())),
         }
+        anchor_sizes = [(16,), (32,), (64,), (96,), (128,)]
         boxes = 4 if family == "Cascade" else 4 * K
         roi = (KeyInfo(32, (), (5, 5)), 48, boxes, (10.0, 10.0, 5.0, 5.0))
     codecs = [roi[3], (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)]
@@ -106,7 +110,66 @@ def test_keys_with_widths_and_strides(family):
             expected[f"roi.cls{suffix}"] = KeyInfo(K + 1)
             expected[f"roi.box{suffix}"] = KeyInfo(roi[2], (), (codecs[stage],))
             expected[f"proposals{suffix}"] = KeyInfo()
+    anchors = keys.pop("anchors")
     assert keys == expected
+    assert anchors.channels is None and anchors.strides == keys["assign"].strides
+    offset, *cells = anchors.signature
+    assert offset == ("offset", 0.0) and len(cells) == len(anchor_sizes)
+    for found, sizes in zip(cells, anchor_sizes):
+        expected_cell = list(_cell_anchors(sizes))
+        assert len(found) == len(expected_cell)
+        for anchor, expected_anchor in zip(found, expected_cell):
+            assert anchor == pytest.approx(expected_anchor, abs=2e-4)
+
+
+def _cell_anchors(sizes):
+    """Corners of the anchors of a cell, sizes and ratios (height / width) 0.5, 1, 2 in turn."""
+    for size in sizes:
+        for ratio in (0.5, 1.0, 2.0):
+            width = size / ratio**0.5
+            half = (width / 2, ratio * width / 2)
+            yield (-half[0], -half[1], *half)
+
+
+@every_family
+def test_anchors_are_the_rpns_own_level_by_level(family):
+    seen = _seen(family)
+    rpn = seen.model.proposal_generator
+    sizes = [level.shape[-2:] for level in seen["rpn.obj"]]
+    assert len(seen["anchors"]) == len(sizes)
+    strides = seen.tap.anchor_strides(seen.model)
+    own = rpn.anchor_generator([torch.zeros(1, 1, *size) for size in sizes])
+    for boxes, expected, (height, width), stride in zip(seen["anchors"], own, sizes, strides):
+        assert torch.equal(boxes.tensor, expected.tensor)
+        centres = boxes.get_centers().view(height, width, -1, 2)
+        x, y = torch.arange(width) * float(stride), torch.arange(height) * float(stride)
+        assert torch.equal(centres[..., 0], x[None, :, None].expand(centres.shape[:3]))
+        assert torch.equal(centres[..., 1], y[:, None, None].expand(centres.shape[:3]))
+
+
+@pytest.mark.parametrize("boundary", [-1, 0])
+@pytest.mark.parametrize("num_gt", [(3, 2), (3, 0)])
+@every_family
+def test_assignment_is_detectron2s_before_it_samples(family, num_gt, boundary, monkeypatch):
+    seen = _seen(family, num_gt)
+    rpn = seen.model.proposal_generator
+    monkeypatch.setattr(rpn, "anchor_boundary_thresh", boundary)
+    monkeypatch.setattr(rpn, "_subsample_labels", lambda labels: labels)
+    targets = seen.values.gt_instances
+    labels, boxes = rpn.label_and_sample_anchors(seen["anchors"], targets)
+    seen.values._values.pop("assign", None)
+    found = seen["assign"]
+    assert found.num_classes == 1
+    assert found.labels.shape == (2, sum(len(x) for x in seen["anchors"]))
+    for ours, our_boxes, theirs, their_boxes in zip(found.labels, found.boxes, labels, boxes):
+        # Detectron2: 1 foreground, 0 background; here the only class is 0 and background 1
+        assert torch.equal(ours, torch.tensor([1, 0, -1])[theirs.long()])
+        assert torch.equal(our_boxes[ours == 0], their_boxes[ours == 0])
+    assert torch.equal(found.positive, torch.stack(labels) == 1)
+    assert torch.equal(found.valid, torch.stack(labels) >= 0)
+    assert found.positive[0].any() and (found.labels == 1).any()
+    assert found.positive[1].any() == bool(num_gt[1])
+    assert not found.labels.requires_grad
 
 
 @every_family
