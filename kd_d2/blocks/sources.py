@@ -67,29 +67,35 @@ class MapSource(Source):
         self._pairing, self._levels, self._resize = pair, tuple(levels), resize
         self.indices: Tuple[Tuple[int, int], ...] = ()
 
+    def _levels_of(self, side: str, keys) -> List[Tuple[int, int]]:
+        """Return (stride, channels) of the maps of ``side``, fine to coarse."""
+        key = self.key if side == "student" else self.teacher_key
+        if key not in keys:
+            raise ValueError(f"MapSource compares '{key}', which the {side} does not have")
+        return [(stride, keys[key].channels) for stride in keys[key].strides]
+
+    def _read(self, side: str, view) -> List[torch.Tensor]:
+        """Return the maps of ``side`` in the order of :meth:`_levels_of`."""
+        return view[self.key if side == "student" else self.teacher_key]
+
     def bind(self, student_keys, teacher_keys):
-        infos = []
-        for side, keys, key in (
-            ("student", student_keys, self.key),
-            ("teacher", teacher_keys, self.teacher_key),
-        ):
-            if key not in keys:
-                raise ValueError(f"MapSource compares '{key}', which the {side} does not have")
-            infos.append(keys[key])
-        student, teacher = infos
+        ours = self._levels_of("student", student_keys)
+        theirs = self._levels_of("teacher", teacher_keys)
+        our_strides, their_strides = ([stride for stride, _ in x] for x in (ours, theirs))
         if self._pairing == "stride":
             pairs = [
-                (i, teacher.strides.index(stride))
-                for i, stride in enumerate(student.strides)
-                if stride in teacher.strides
+                (i, their_strides.index(stride))
+                for i, stride in enumerate(our_strides)
+                if stride in their_strides
             ]
         else:
-            shorter = min(len(student.strides), len(teacher.strides))
+            shorter = min(len(ours), len(theirs))
             pairs = [(i, i) for i in range(shorter)]
         if not pairs:
             raise ValueError(
-                f"MapSource: '{self.key}' of the student has strides {student.strides}, "
-                f"'{self.teacher_key}' of the teacher {teacher.strides}: no level in common; pair "
+                f"MapSource: '{self.key}' of the student has strides "
+                f"{tuple(our_strides)}, '{self.teacher_key}' of the teacher "
+                f"{tuple(their_strides)}: no level in common; pair "
                 'by "index" and resize'
             )
         if any(not 0 <= level < len(pairs) for level in self._levels):
@@ -100,17 +106,17 @@ class MapSource(Source):
         self.indices = tuple(pairs[i] for i in self._levels) if self._levels else tuple(pairs)
         if self._resize == "none":
             for i, j in self.indices:
-                if student.strides[i] != teacher.strides[j]:
+                if our_strides[i] != their_strides[j]:
                     raise ValueError(
                         f"MapSource: level {i} of the student's '{self.key}' has stride "
-                        f"{student.strides[i]}, its partner in the teacher {teacher.strides[j]}; "
+                        f"{our_strides[i]}, its partner in the teacher {their_strides[j]}; "
                         'pair by "stride", or resize one side'
                     )
-        self._strides = tuple(student.strides[i] for i, _ in self.indices)
-        self.widths = tuple((student.channels, teacher.channels) for _ in self.indices)
+        self._strides = tuple(our_strides[i] for i, _ in self.indices)
+        self.widths = tuple((ours[i][1], theirs[j][1]) for i, j in self.indices)
 
     def __call__(self, ctx):
-        ours, theirs = ctx.student[self.key], ctx.teacher[self.teacher_key]
+        ours, theirs = self._read("student", ctx.student), self._read("teacher", ctx.teacher)
         pairs = [self._sized(ours[i], theirs[j]) for i, j in self.indices]
         # a cell of a map that was resized covers other pixels
         scale = [p[0].shape[-1] / ours[i].shape[-1] for p, (i, _) in zip(pairs, self.indices)]
