@@ -3,9 +3,11 @@
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
 
-from kd_d2.blocks import ConvAdapter, MapSource, PairDistiller, PairTerm
+from kd_d2.blocks import MapSource, PairDistiller, PairTerm
 from kd_d2.config import CONFIG_NODES, add_schedule_config
 from kd_d2.distillation import DISTILLER_REGISTRY, MethodInfo
+
+from .options import conv_adapter
 
 __all__ = ["FitNets", "add_fitnets_config"]
 
@@ -62,16 +64,9 @@ class FitNets(PairDistiller):
         Raises:
             ValueError: an unknown ``adapter``, or networks that cannot be paired this way.
         """
-        adapters = {
-            "conv": lambda: ConvAdapter(1),
-            "auto": lambda: ConvAdapter(1, only_if_needed=True),
-            "none": lambda: None,
-        }
-        if adapter not in adapters:
-            raise ValueError(f"KD.FITNETS.ADAPTER must be one of {sorted(adapters)}: '{adapter}'")
         source = MapSource("neck", pair=pair, resize=resize)
         super().__init__(
-            terms={"feat": PairTerm(source, adapter=adapters[adapter]())},
+            terms={"feat": PairTerm(source, adapter=conv_adapter("KD.FITNETS.ADAPTER", adapter))},
             weights={"feat": weight},
             student_keys=student_keys,
             teacher_keys=teacher_keys,
