@@ -334,6 +334,29 @@ def test_detectors_without_distributions(arch):
         _model(*_pair(arch), arch)
 
 
+@pytest.mark.parametrize("arch", DENSE)
+def test_general_instances(arch):
+    student, teacher = _pair(arch)
+    model = _model(student, teacher, arch, TERMS=("cls", "gi"))
+    batch = tiny_batch()
+    value = _losses(model, batch)["gi"]
+    region = model.distillers["ld"].pair_terms["gi"].region
+    ours, theirs = _raw(student, batch)[0], _raw(teacher.model, batch)[0]
+    with EventStorage(0), model.tap.observe(student, model._student_needs) as observation:
+        student(batch)
+    ctx = model._context(batch, observation, 0)
+    start, expected = 0, 0.0
+    found = torch.zeros(2, sum(len(x) for x in ctx.student["anchors"]), dtype=torch.bool)
+    for row, instances in zip(found, region.instances(ctx)):
+        row[instances.anchor] = True
+    for anchors, s, t in zip(ctx.student["anchors"], ours, theirs):
+        cells = found[:, start : start + len(anchors)].view(2, *s.shape[-2:], -1).any(dim=3)
+        start += len(anchors)
+        assert 0 < cells.sum(dim=(1, 2)).max() <= 10
+        expected += (s - t).square().permute(0, 2, 3, 1)[cells].mean()
+    assert value.item() == pytest.approx(2 * expected.item(), rel=1e-4)
+
+
 def test_errors():
     student, teacher = _pair()
     for options, message in (
