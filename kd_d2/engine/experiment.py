@@ -32,7 +32,7 @@ __all__ = ["ProgressBar", "finished_result", "prepare_data", "settings", "train_
 
 # written when a run starts and when it has ended
 _STARTED, _FINISHED = "run.json", "result.json"
-# where files lie says nothing about a run; the teacher is told by the content of its weights
+# where files lie says nothing about a run; weights are told by their content
 _PLACES = ("OUTPUT_DIR", "KD.TEACHER.CONFIG_FILE", "KD.TEACHER.WEIGHTS")
 _PACKAGES = ("torch", "torchvision", "detectron2", "numpy")
 
@@ -65,13 +65,17 @@ class ProgressBar(HookBase):
 def settings(cfg: CfgNode) -> Dict[str, str]:
     """Everything that determines a run: dotted key -> value as text.
 
-    Folders are left out. In place of the teacher's path stands the SHA-256 of its weights.
+    Folders are left out. In place of a file of weights stands its SHA-256, "teacher" for that of
+    the teacher.
     """
     result = {key: value for key, value in _flat(cfg) if key not in _PLACES}
-    weights = cfg.KD.TEACHER.WEIGHTS
-    if cfg.KD.ENABLED and os.path.isfile(weights):
-        with open(weights, "rb") as f:
-            result["teacher"] = hashlib.sha256(f.read()).hexdigest()
+    weights = {"MODEL.WEIGHTS": cfg.MODEL.WEIGHTS}
+    if cfg.KD.ENABLED:
+        weights["teacher"] = cfg.KD.TEACHER.WEIGHTS
+    for name, path in weights.items():
+        if os.path.isfile(path):
+            with open(path, "rb") as f:
+                result[name] = hashlib.sha256(f.read()).hexdigest()
     return result
 
 
