@@ -125,13 +125,18 @@ class Distiller(nn.Module):
         return getattr(self, "_label", type(self).__name__.lower())
 
     @classmethod
+    def node_name(cls) -> str:
+        """Return the name of this method's node below KD."""
+        return cls.node or cls.__name__.upper()
+
+    @classmethod
     def config_node(cls, cfg: CfgNode) -> CfgNode:
         """Return this method's node ``cfg.KD.<NODE>``."""
-        return cfg.KD[cls.node or cls.__name__.upper()]
+        return cfg.KD[cls.node_name()]
 
 
 _MENDS = {
-    "channels": "Give both the same width (e.g. MODEL.FPN.OUT_CHANNELS or CONV_DIM of the head), or "
+    "channels": "Give both the same width (e.g. MODEL.FPN.OUT_CHANNELS, CONV_DIM of the head), or "
     "use a method with an adapter",
     "strides": "Give both the same levels (e.g. IN_FEATURES of the head)",
     "signature": "Build both alike: give the student the teacher's value",
@@ -199,7 +204,7 @@ def _resolve(cfg: CfgNode, entry: str):
             f"{', '.join(sorted(known))}; modules with your own are listed in KD.IMPORTS"
         )
     cls = DISTILLER_REGISTRY.get(name)
-    node = cls.node or cls.__name__.upper()
+    node = cls.node_name()
     source = (label or node).upper()
     if source not in cfg.KD:
         raise ValueError(
