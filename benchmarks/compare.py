@@ -22,7 +22,7 @@ from detectron2.config import CfgNode
 from kd_d2.checkpoint import atomic_write
 from kd_d2.engine.experiment import finished_result, prepare_data, settings, train_once
 from kd_d2.engine.main import build_config, short_errors
-from kd_d2.visualization import markdown_table
+from kd_d2.visualization import draw_bars, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "configs" / "comparison"
@@ -34,6 +34,7 @@ def main() -> None:
     with short_errors():
         args = parse_args()
         teacher, students = configs(args)
+        check_weights([teacher, *(cfg for _, _, cfg in students)])
         prepare_data(teacher)
     torch.set_num_threads(args.threads)
     print(f"compare: everything is written to {args.output}", flush=True)
@@ -51,6 +52,7 @@ def main() -> None:
             f"{index + 1} of {len(students)} students finished, {left / 60:.0f} min left",
             flush=True,
         )
+    draw_bars([(args.dataset, bars(runs))], os.path.join(args.output, "results.png"))
     print(f"\n{Path(args.output, 'results.md').read_text()}")
 
 
@@ -100,6 +102,20 @@ def configs(args: argparse.Namespace) -> Tuple[CfgNode, List[Tuple[str, int, Cfg
 
 def _config(args: argparse.Namespace, name: str, opts: List[str]) -> CfgNode:
     return build_config(str(FOLDER / args.dataset / f"{name}.yaml"), [*args.opts, *opts])
+
+
+def check_weights(cfgs: Sequence[CfgNode]) -> None:
+    """See that initial weights that are local files are there before hours of training.
+
+    Raises:
+        FileNotFoundError: names the first that is not.
+    """
+    for path in (cfg.MODEL.WEIGHTS for cfg in cfgs):
+        if path and "://" not in path and not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"MODEL.WEIGHTS is {path}, which does not exist (relative to the folder where the "
+                "program is started); the comment beside it in the YAML says how it is made"
+            )
 
 
 def train(cfg: CfgNode, title: str) -> Dict[str, Any]:
@@ -179,6 +195,14 @@ def markdown(runs: Sequence[Dict[str, Any]]) -> str:
         row += [_number(entry[f"{name} gain"], sign="+") for name in METRICS]
         rows.append([*row, "" if entry["seconds"] is None else f"{entry['seconds']:.0f}"])
     return markdown_table(header, rows)
+
+
+def bars(runs: Sequence[Dict[str, Any]]) -> List[Tuple[str, List[float]]]:
+    """(method, AP of its runs) for :func:`draw_bars`."""
+    values: Dict[str, List[float]] = {}
+    for run in runs:
+        values.setdefault(run["method"], []).append(run["metrics"].get("AP", math.nan))
+    return list(values.items())
 
 
 def _number(value, sign: str = "") -> str:

@@ -126,6 +126,21 @@ def test_unknown_method(compare, tmp_path):
         compare.configs(args)
 
 
+def test_missing_initial_weights_are_found_before_training(compare, tmp_path):
+    teacher, _ = compare.configs(arguments(compare, "digit_scenes", tmp_path))
+    teacher = teacher.clone()
+    teacher.defrost()
+    compare.check_weights([teacher])  # none
+    teacher.MODEL.WEIGHTS = "detectron2://somewhere.pkl"
+    compare.check_weights([teacher])
+    teacher.MODEL.WEIGHTS = str(tmp_path / "there.pth")
+    (tmp_path / "there.pth").touch()
+    compare.check_weights([teacher])
+    teacher.MODEL.WEIGHTS = str(tmp_path / "gone.pth")
+    with pytest.raises(FileNotFoundError, match="gone.pth"):
+        compare.check_weights([teacher])
+
+
 def call(compare, monkeypatch, tmp_path, *options):
     tiny = {
         "SOLVER.MAX_ITER": "2",
@@ -167,3 +182,4 @@ def test_two_methods_and_two_seeds(compare, monkeypatch, tmp_path, capsys):
     assert later["runs"][:2] == results["runs"] and len(later["runs"]) == 4
     assert "4 of 4 students finished" in capsys.readouterr().out
     assert (tmp_path / "out" / "results.md").read_text().count("\n| p") == 2
+    assert (tmp_path / "out" / "results.png").stat().st_size > 1000

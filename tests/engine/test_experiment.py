@@ -60,6 +60,16 @@ def test_the_weights_of_the_teacher_count(tmp_path):
     assert finished_result(taught) is None
 
 
+def test_initial_weights_count_not_their_place(tmp_path):
+    for name, content in (("a.pth", b"one"), ("b.pth", b"one"), ("c.pth", b"two")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c, gone = (
+        settings(make_cfg(tmp_path, **{"MODEL.WEIGHTS": str(tmp_path / name)}))
+        for name in ("a.pth", "b.pth", "c.pth", "gone.pth")
+    )
+    assert a == b and a != c and "gone.pth" in gone["MODEL.WEIGHTS"]
+
+
 def test_results_outlive_new_keys(tmp_path):
     """A key that is added to the library later is what it was if it has its default."""
     cfg = make_cfg(tmp_path)
