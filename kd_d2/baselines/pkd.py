@@ -1,6 +1,7 @@
 """PKD: imitation of feature maps by their Pearson correlation."""
 
-from typing import Dict, List, Tuple
+from dataclasses import replace
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode as CN
@@ -23,8 +24,14 @@ def add_pkd_config(cfg: CN) -> None:
     node.LOCATIONS = ("neck",)
     # Tower stage for "cls" and "reg", from 1, post-activation; 3 of 4 in CrossKD's Table 2.
     node.STAGE = 3
-    # Weight of the summed loss; 6.0 is CrossKD's official value for GFL.
+    # Weight of the summed loss. Beside CrossKD, 5 levels: GFL 6.0, RetinaNet and FCOS 2.0, ATSS
+    # 1.0. PKD's official configs, 4 levels: Faster R-CNN R-101 -> R-50 and Mask R-CNN Swin-S ->
+    # RetinaNet R-50 6.0; RetinaNet X101 -> R-50 and FCOS X101 -> RetinaNet R-50 10.0.
     node.WEIGHT = 6.0
+    # Indices of the levels that are paired, fine to coarse, on either side; (): all. mmrazor's
+    # official configs have (0, 1, 2, 3): P2-P5 of a two-stage teacher then teach P3-P6 of a
+    # RetinaNet, with RESIZE.
+    node.LEVELS = ()
     # Resize the student's maps bilinearly when sizes differ; False: differing sizes are an error.
     node.RESIZE = True
     add_schedule_config(node)
@@ -78,12 +85,20 @@ class PKD(Distiller):
     )
 
     @configurable
-    def __init__(self, *, pairs: List[Tuple[str, str]], weight: float = 6.0, resize: bool = True):
+    def __init__(
+        self,
+        *,
+        pairs: List[Tuple[str, str]],
+        weight: float = 6.0,
+        resize: bool = True,
+        levels: Sequence[int] = (),
+    ):
         """
         Args:
             pairs: (key of the student, key of the teacher), each a per-level list.
             weight: of the sum over pairs and levels.
             resize: bilinearly resize the student's maps to the teacher's size if they differ.
+            levels: indices of the levels that are paired; empty: all.
         """
         super().__init__(
             weights={"feat": weight},
@@ -92,6 +107,7 @@ class PKD(Distiller):
         )
         self.pairs = list(pairs)
         self.resize = resize
+        self.levels = tuple(levels)
 
     @classmethod
     def from_config(cls, cfg, student_keys, teacher_keys):
@@ -103,25 +119,39 @@ class PKD(Distiller):
             "pairs": [(key, key) for key in keys],
             "weight": node.WEIGHT,
             "resize": node.RESIZE,
+            "levels": node.LEVELS,
         }
 
     def validate(self, student_keys, teacher_keys):
         super().validate(student_keys, teacher_keys)
         for student, teacher in self.pairs:
-            facts = {student: student_keys[student]}, {student: teacher_keys[teacher]}
-            attributes = ("channels",) if self.resize else ("channels", "strides")
-            require_equal("PKD", student, *facts, attributes=attributes)
-            levels = len(student_keys[student].strides), len(teacher_keys[teacher].strides)
-            if levels[0] != levels[1]:
+            ours, theirs = student_keys[student], teacher_keys[teacher]
+            counts = len(ours.strides), len(theirs.strides)
+            if not self.levels and counts[0] != counts[1]:
                 raise ValueError(
                     f"PKD pairs levels of '{student}' one to one, but the student has "
-                    f"{levels[0]} and the teacher {levels[1]}"
+                    f"{counts[0]} and the teacher {counts[1]}; choose some with KD.PKD.LEVELS"
                 )
+            if any(not 0 <= level < min(counts) for level in self.levels):
+                raise ValueError(
+                    f"KD.PKD.LEVELS is {self.levels}, but of '{student}' the student has "
+                    f"{counts[0]} levels and the teacher {counts[1]}"
+                )
+            facts = [
+                {student: replace(info, strides=tuple(self._chosen(info.strides)))}
+                for info in (ours, theirs)
+            ]
+            attributes = ("channels",) if self.resize else ("channels", "strides")
+            require_equal("PKD", student, *facts, attributes=attributes)
+
+    def _chosen(self, levels: Sequence) -> List:
+        return [levels[i] for i in self.levels] if self.levels else list(levels)
 
     def compute(self, ctx) -> Dict[str, torch.Tensor]:
         total = 0.0
         for student_key, teacher_key in self.pairs:
-            for student, teacher in zip(ctx.student[student_key], ctx.teacher[teacher_key]):
+            sides = (self._chosen(x) for x in (ctx.student[student_key], ctx.teacher[teacher_key]))
+            for student, teacher in zip(*sides):
                 if student.shape[-2:] != teacher.shape[-2:]:
                     student = self._resized(student, teacher)
                 total = total + pkd_loss(student, teacher)

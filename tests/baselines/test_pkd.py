@@ -207,3 +207,58 @@ def test_values_that_cannot_work(options, message):
 def test_networks_that_differ(overrides, options, message):
     with pytest.raises(ValueError, match=message):
         _model(*_pair(**overrides), **options)
+
+
+def test_levels_by_index():
+    """Faster R-CNN's P2-P5 teach RetinaNet's P3-P6 (the official pairing), the student resized."""
+    student = tiny_model("RetinaNet", 0)
+    teacher = teacher_of(tiny_model("GeneralizedRCNN", 1))
+    with pytest.raises(ValueError, match="student has 5 and the teacher 4; .*KD.PKD.LEVELS"):
+        _model(student, teacher, "RetinaNet")
+    with pytest.raises(ValueError, match=r"KD.PKD.LEVELS is \(4,\), .* 5 levels and the teacher 4"):
+        _model(student, teacher, "RetinaNet", LEVELS=(4,))
+    with pytest.raises(ValueError, match=r"strides differ: student \(8, 16, 32, 64\), teacher"):
+        _model(student, teacher, "RetinaNet", LEVELS=(0, 1, 2, 3), RESIZE=False)
+    batch = tiny_batch(sizes=((128, 128),))
+    model = _model(student, teacher, "RetinaNet", LEVELS=(0, 1, 2, 3), WEIGHT=1.0)
+    sides = []
+    with torch.no_grad():
+        for network, names in (
+            (student, ("p3", "p4", "p5", "p6")),
+            (teacher.model, ("p2", "p3", "p4", "p5")),
+        ):
+            out = network.backbone(network.preprocess_image(batch).tensor)
+            sides.append([out[name] for name in names])
+        expected = sum(
+            _pearson_form(torch.nn.functional.interpolate(a, scale_factor=2.0, mode="bilinear"), b)
+            for a, b in zip(*sides)
+        )
+    assert _loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_oracle_numbers():
+    """Constant student 0.375, opposite maps 1.95, statistics of the batch and not of the image."""
+
+    def value(student, teacher):
+        distiller = PKD(pairs=[("neck", "neck")], weight=1.0)
+        ctx = type("Context", (), {})()
+        ctx.student, ctx.teacher, ctx.raw = {"neck": [student]}, {"neck": [teacher]}, {}
+        return distiller(ctx)["feat"].item()
+
+    four = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 2, 2)
+    swapped = torch.tensor([1.0, 3.0, 2.0, 4.0]).reshape(1, 1, 2, 2)
+    assert value(swapped, four) == pytest.approx(0.15, abs=1e-5)
+    assert value(torch.ones(1, 1, 2, 2), four) == pytest.approx(0.375, abs=1e-5)
+    torch.manual_seed(0)
+    maps = torch.randn(2, 3, 4, 5)
+    assert value(-maps, maps) == pytest.approx(1.95, abs=1e-4)
+    scales = torch.tensor([0.5, 2.0, 7.0]).reshape(1, 3, 1, 1)
+    assert value(scales * maps + scales - 3, maps) < 1e-9
+    students = torch.cat([3 * four, four])
+    assert value(students, torch.cat([four, 10 * four + 5])) == pytest.approx(1.284091, abs=1e-5)
+
+
+@pytest.mark.parametrize("weight, levels", [(6.0, (0, 1, 2, 3)), (10.0, (0, 1, 2, 3)), (2.0, ())])
+def test_official_weights_are_reachable(weight, levels):
+    distiller = _model(*_pair(), WEIGHT=weight, LEVELS=levels).distillers["pkd"]
+    assert distiller.weights == {"feat": weight} and distiller.levels == levels
