@@ -27,8 +27,13 @@ class Normaliser(Block):
 class Elements(Normaliser):
     """Number of compared elements: positions with a weight, times channels. Gives a mean."""
 
+    def __init__(self, every: bool = False):
+        """``every``: positions without a weight count, too."""
+        self._every = every
+
     def __call__(self, ctx, pair, weights):
-        return (weights != 0).sum().clamp(min=1) * float(pair.num_channels)
+        counted = torch.ones_like(weights) if self._every else weights != 0
+        return counted.sum().clamp(min=1) * float(pair.num_channels)
 
 
 @KD_NORMALISERS.register()
