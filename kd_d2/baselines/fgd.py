@@ -54,7 +54,7 @@ def add_fgd_config(cfg: CN) -> None:
 
 @DISTILLER_REGISTRY.register()
 class FGD(Distiller):
-    """Imitation weighted by the teacher's attention, foreground and background apart, and relations.
+    """Imitation weighted by the teacher's attention, on objects and background apart; relations.
 
     Per pyramid level, sums over all axes divided by the images N: ``fg`` and ``bg``
     w A_T^S A_T^C (S - T)^2 with the masks of :class:`ScaledGT` and :class:`ScaledBackground`;

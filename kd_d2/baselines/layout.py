@@ -15,8 +15,8 @@ def require_same_predictions(
 ) -> None:
     """Raise ``ValueError`` unless the channels of ``key`` mean the same in both networks.
 
-    They do if classes and strides agree, and the anchors, too, where a cell has several: their order
-    is that of the channels.
+    They do if classes and strides agree, and the anchors, too, where a cell has several: their
+    order is that of the channels.
     """
     for side, keys in (("student", student_keys), ("teacher", teacher_keys)):
         if key not in keys:

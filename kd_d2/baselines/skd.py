@@ -36,7 +36,8 @@ class SKD(PairDistiller):
 
     info = MethodInfo(
         title="SKD: structural knowledge distillation",
-        paper="de Rijk et al., Structural Knowledge Distillation for Object Detection, NeurIPS 2022",
+        paper="de Rijk et al., Structural Knowledge Distillation for Object Detection, NeurIPS "
+        "2022",
         compares="pyramid maps by structural similarity (SSIM)",
         requires=("equal strides",),
         gains=("GFL R-101 -> R-50: 40.2 -> 42.3 (CrossKD's table)",),

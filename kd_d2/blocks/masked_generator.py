@@ -14,8 +14,8 @@ class MaskedGenerator(Adapter):
     """G(M * a(s)): random positions are hidden, two 3x3 convolutions restore them (MGD).
 
     ``a`` is a 1x1 convolution where the widths differ; M hides all channels of a position at once.
-    G has 1 180 160 parameters a level at 256 channels. The mask is drawn from PyTorch's generator of
-    the device, anew in every step.
+    G has 1 180 160 parameters a level at 256 channels. The mask is drawn from PyTorch's generator
+    of the device, anew in every step.
     """
 
     def __init__(self, mask_ratio: float = 0.65):
