@@ -1,10 +1,12 @@
 """Whether features of one head can go through the other, and predictions be compared."""
 
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence, Tuple
 
-from kd_d2.distillation import Key, KeyInfo, require_equal
+from kd_d2.distillation import Key, KeyInfo
 
 __all__ = ["check_pair", "num_tower_stages"]
+
+_MEND = "Give the student the teacher's value, or choose another teacher"
 
 
 def num_tower_stages(keys: Mapping[str, KeyInfo], branch: str) -> int:
@@ -25,23 +27,81 @@ def check_pair(
         features: keys of the features that change heads.
 
     Raises:
-        ValueError: length of the towers, channels of the features, strides, anchors, number of
-            classes, box coder (with its numbers, e.g. reg_max) or branch of the centerness
-            differ; the message has both values.
+        ValueError: length of the towers, strides, channels of the features, number of classes,
+            anchors, box coder (with its numbers, e.g. reg_max) or branch of the centerness
+            differ. The message names the config key, both values and what to do.
     """
     sides = student_keys, teacher_keys
-    for branch in ("cls", "box"):
-        student, teacher = (num_tower_stages(keys, branch) for keys in sides)
+
+    def require(what: str, config_key: str, value, mend: str = _MEND, show=lambda *x: x) -> None:
+        student, teacher = (value(keys) for keys in sides)
         if student != teacher:
+            student, teacher = show(student, teacher)
             raise ValueError(
-                f"CrossKD needs towers of equal length; branch '{branch}' has {student} stages in "
-                f"the student and {teacher} in the teacher (NUM_CONVS)"
+                f"CrossKD needs heads that are built alike, but {what} ({config_key}) is "
+                f"{student} in the student and {teacher} in the teacher. {mend}"
             )
-    for key in [*features, "anchors", "codec", "pred.cls", "pred.box"]:
-        require_equal("CrossKD", key, *sides)
-    student, teacher = (k["pred.ctr"].signature if "pred.ctr" in k else None for k in sides)
-    if student != teacher:
-        raise ValueError(
-            "CrossKD needs the centerness on the same branch of both heads (e.g. "
-            f"MODEL.FCOS.CENTERNESS_ON); student {student}, teacher {teacher}"
+
+    for branch in ("cls", "box"):
+        require(
+            f"the number of tower stages of branch '{branch}'",
+            "NUM_CONVS",
+            lambda keys: num_tower_stages(keys, branch),
         )
+    require("the strides of the levels", "IN_FEATURES", lambda keys: keys["pred.cls"].strides)
+    for feature in features:
+        require(
+            f"the channels of '{feature}'",
+            "CONV_DIM; at position 0 and in RetinaNet's head MODEL.FPN.OUT_CHANNELS",
+            lambda keys: keys[feature].channels,
+            _MEND + "; a method with adapters, e.g. FitNets, takes any channels",
+        )
+    require(
+        "the number of classes",
+        "NUM_CLASSES",
+        lambda keys: keys["pred.cls"].signature[0],
+        "Train both on the same classes",
+    )
+    require(
+        "the anchors of a cell",
+        "MODEL.ANCHOR_GENERATOR; of GFL and ATSS also ANCHOR_SCALE",
+        lambda keys: keys["anchors"].signature,
+        show=_first_difference,
+    )
+    require(
+        "the box coder",
+        "MODEL.META_ARCHITECTURE, REG_MAX, BBOX_REG_WEIGHTS or MODEL.FCOS.NORM_BY_STRIDE",
+        lambda keys: keys["codec"].signature,
+        show=_without_common_parts,
+    )
+    require(
+        "the branch of the centerness",
+        "MODEL.FCOS.CENTERNESS_ON",
+        lambda keys: keys["pred.ctr"].signature[0] if "pred.ctr" in keys else "none",
+    )
+    for prediction in ("pred.cls", "pred.box"):
+        require(
+            f"the channels of '{prediction}'",
+            "the head's predictors",
+            lambda keys: keys[prediction].channels,
+        )
+
+
+def _first_difference(student: Any, teacher: Any) -> Tuple[Any, Any]:
+    """The first parts of two nested tuples of equal length that differ, else the two as they are.
+
+    Anchors of five levels fill a screen; the one that differs says enough.
+    """
+    nested = isinstance(student, tuple) and isinstance(teacher, tuple)
+    if nested and len(student) == len(teacher) and any(isinstance(x, tuple) for x in student):
+        for a, b in zip(student, teacher):
+            if a != b:
+                return _first_difference(a, b)
+    return student, teacher
+
+
+def _without_common_parts(student: Tuple, teacher: Tuple) -> Tuple[Tuple, Tuple]:
+    """What only one of two box coders has: names of types, pairs of attribute and value."""
+    return tuple(
+        tuple(x for x in a if x not in b) for a, b in ((student, teacher), (teacher, student))
+    )

@@ -48,7 +48,8 @@ def add_crosskd_config(cfg: CN) -> None:
     node.CLS_REGION = "all"
     # Weight of the classification term; -1.0: preset (1.0; FCOS 0.4).
     node.CLS_WEIGHT = -1.0
-    # "kl" (distributions of GFL), "giou", "iou_log" (-ln IoU); "": preset.
+    # "kl" (distributions of GFL), "giou", "iou_log" (-ln IoU); "": preset (FCOS: "iou_log", or
+    # "giou" where MODEL.FCOS.BOX_LOSS is giou, as in its preset "d2").
     node.REG_LOSS = ""
     # Temperature of "kl".
     node.REG_TAU = 1.0

@@ -137,7 +137,7 @@ class CrossKD(Distiller):
     @classmethod
     def from_config(cls, cfg, student_keys, teacher_keys):
         node = cls.config_node(cfg)
-        preset = preset_from_config(node, cfg.MODEL.META_ARCHITECTURE)
+        preset = preset_from_config(node, cfg.MODEL)
         for branch in node.BRANCHES:
             choice("BRANCHES", branch, _BRANCHES)
         if "pred.cls" not in student_keys or "pred.cls" not in teacher_keys:
@@ -224,13 +224,13 @@ class CrossKD(Distiller):
             self.preset.masked,
         )
         dims = self._dims(student)
-        teacher_cls = _flat(ctx.teacher["pred.cls"], dims["cls"])
+        teacher_cls = _highest(_levels(ctx.teacher["pred.cls"], dims["cls"]))
         terms = {}
         for mode in self.modes:
             for branch, outputs in self._outputs.items():
                 predictions, targets = self._pair(ctx, branch, outputs, mode)
                 for output in outputs:
-                    pair = [_flat(x[output], dims[output]) for x in (predictions, targets)]
+                    pair = [_levels(x[output], dims[output]) for x in (predictions, targets)]
                     name, value = self._term(output, pair, positions, teacher_cls, student)
                     terms[self._prefix(mode) + name] = value
         return terms
@@ -271,24 +271,33 @@ class CrossKD(Distiller):
 
     def _cls_term(self, pair, positions, teacher_cls, student):
         weights = self.cls_region(positions).float()
-        losses = self.cls_loss(*pair, self.cls_gamma, self.detach_target)
+        # by level: the only large tensors, not worth copying into one
+        losses = [self.cls_loss(*x, self.cls_gamma, self.detach_target) for x in zip(*pair)]
+        losses = torch.cat(losses, dim=1)
         return "cls", _normalised(losses, weights, positions, self.preset.cls_normaliser)
 
     def _box_term(self, pair, positions, teacher_cls, student):
         weights = self.reg_region(positions, teacher_cls)
         codec = student["codec"]
+        pair = [torch.cat(levels, dim=1) for levels in pair]
         losses = self.reg_loss(*pair, positions.anchors, codec, self.reg_tau, self.detach_target)
         return "reg", _normalised(losses, weights, positions, self.preset.reg_normaliser)
 
     def _ctr_term(self, pair, positions, teacher_cls, student):
+        pair = [torch.cat(levels, dim=1) for levels in pair]
         losses = centerness_loss(*pair, self.detach_target)
         weights = positions.positive.float()
         return "ctr", _normalised(losses, weights, positions, self.preset.ctr_normaliser)
 
 
-def _flat(levels: List[torch.Tensor], dim: int) -> torch.Tensor:
-    """Per-level (N, A*dim, H, W) -> (N, R, dim), in the order of the anchors."""
-    return torch.cat([permute_to_N_HWA_K(x, dim) for x in levels], dim=1)
+def _levels(levels: List[torch.Tensor], dim: int) -> List[torch.Tensor]:
+    """Per level (N, A*dim, H, W) -> (N, Ri, dim), in the order of the anchors."""
+    return [permute_to_N_HWA_K(x, dim) for x in levels]
+
+
+def _highest(levels: List[torch.Tensor]) -> torch.Tensor:
+    """Per level (N, Ri, K) -> (N, R, 1), the highest of the K values."""
+    return torch.cat([x.detach().amax(dim=-1, keepdim=True) for x in levels], dim=1)
 
 
 def _normalised(losses, weights, positions, normaliser: str) -> torch.Tensor:

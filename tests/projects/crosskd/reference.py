@@ -172,9 +172,11 @@ class Batch:
         weights = scores * self.counted
         if self.kind == "FCOS":
             scale = self.centerness_sum()
+            is_d2 = self.student.head.scales is None  # its own box loss is GIoU
+            box_loss = self._giou if is_d2 else self._iou_log
             return {
                 "cls": 0.4 * qfl.sum() / scale,
-                "reg": 0.75 * (weights * self._iou_log(predictions, target)).sum() / scale,
+                "reg": 0.75 * (weights * box_loss(predictions, target)).sum() / scale,
             }
         count = self.num_positive()
         result = {"cls": (qfl * self.counted).sum() / count}

@@ -22,47 +22,115 @@ def _teacher(name, **overrides):
 @pytest.mark.parametrize(
     "name, overrides, parts",
     [
-        ("GFL", {"MODEL.GFL.NUM_CONVS": 3}, ("2 stages", "3 in the teacher", "NUM_CONVS")),
-        ("RetinaNet", {"MODEL.RETINANET.NUM_CONVS": 1}, ("2 stages", "1 in the teacher")),
-        ("GFL", {"MODEL.GFL.CONV_DIM": 32}, ("head.cls[1]", "channels", "64", "32")),
-        ("GFL", {"MODEL.GFL.NUM_CLASSES": 4}, ("pred.cls", "3", "4")),
-        ("RetinaNet", {"MODEL.RETINANET.NUM_CLASSES": 4}, ("pred.cls", "12", "16")),
-        ("GFL", {"MODEL.GFL.REG_MAX": 8}, ("codec", "'reg_max', 16", "'reg_max', 8")),
-        ("ATSS", {"MODEL.ATSS.BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0)}, ("codec", "10.0", "1.0")),
-        ("GFL", {"MODEL.GFL.ANCHOR_SCALE": 4.0}, ("anchors", "-32.0", "-16.0")),
+        (
+            "GFL",
+            {"MODEL.GFL.NUM_CONVS": 3},
+            ("tower stages of branch 'cls' (NUM_CONVS) is 2 in the student and 3 in the teacher",),
+        ),
+        ("RetinaNet", {"MODEL.RETINANET.NUM_CONVS": 1}, ("(NUM_CONVS) is 2", "and 1 in")),
+        ("GFL", {"MODEL.GFL.CONV_DIM": 32}, ("'head.cls[1]' (CONV_DIM", "is 64 in", "and 32 in")),
+        ("GFL", {"MODEL.GFL.NUM_CLASSES": 4}, ("classes (NUM_CLASSES) is 3 in", "and 4 in")),
+        ("RetinaNet", {"MODEL.RETINANET.NUM_CLASSES": 4}, ("(NUM_CLASSES) is 3 in", "and 4 in")),
+        ("GFL", {"MODEL.GFL.REG_MAX": 8}, ("REG_MAX", "('reg_max', 16)) in", "('reg_max', 8)) in")),
+        (
+            "ATSS",
+            {"MODEL.ATSS.BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0)},
+            ("BBOX_REG_WEIGHTS", "(10.0, 10.0, 5.0, 5.0)", "(1.0, 1.0, 1.0, 1.0)"),
+        ),
+        (
+            "GFL",
+            {"MODEL.GFL.ANCHOR_SCALE": 4.0},
+            ("anchors", "ANCHOR_SCALE", "(-32.0, -32.0, 32.0, 32.0) in", "(-16.0, -16.0, 16.0"),
+        ),
+        (
+            "RetinaNet",
+            {
+                "MODEL.ANCHOR_GENERATOR.SIZES": [
+                    [16, 25],
+                    [32, 48],
+                    [64, 96],
+                    [128, 192],
+                    [256, 384],
+                ]
+            },
+            ("anchors", "MODEL.ANCHOR_GENERATOR", "(-16.9706, -8.4853", "(-17.6777, -8.8388"),
+        ),
+        (
+            "RetinaNet",
+            {"MODEL.ANCHOR_GENERATOR.OFFSET": 0.5},
+            ("anchors", "MODEL.ANCHOR_GENERATOR", "('offset', 0.0) in", "('offset', 0.5) in"),
+        ),
         (
             "GFL",
             {"MODEL.GFL.IN_FEATURES": ["p3", "p4"]},
-            ("strides", "(8, 16, 32, 64, 128)", "(8, 16)"),
+            ("strides", "(IN_FEATURES)", "(8, 16, 32, 64, 128) in", "(8, 16) in"),
         ),
+        ("FCOS", {"MODEL.FCOS.CENTERNESS_ON": "reg"}, ("MODEL.FCOS.CENTERNESS_ON", "cls", "box")),
+        ("FCOS", {"MODEL.FCOS.CENTERNESS_ON": "none"}, ("CENTERNESS_ON", "is cls in", "none in")),
         (
             "FCOS",
-            {"MODEL.FCOS.CENTERNESS_ON": "reg"},
-            ("centerness", "CENTERNESS_ON", "cls", "box"),
+            {"MODEL.FCOS.NORM_BY_STRIDE": True},
+            ("NORM_BY_STRIDE", "('norm_by_stride', False)", "('norm_by_stride', True)"),
         ),
-        ("FCOS", {"MODEL.FCOS.CENTERNESS_ON": "none"}, ("centerness", "cls", "None")),
-        ("FCOS", {"MODEL.FCOS.NORM_BY_STRIDE": True}, ("codec", "norm_by_stride")),
     ],
 )
 def test_networks_that_differ(name, overrides, parts):
+    """One message with the key, both values and what to do."""
     with pytest.raises(ValueError) as error:
         _build(name, teacher=_teacher(name, **overrides))
+    message = str(error.value)
     for part in parts:
-        assert part in str(error.value)
+        assert part in message
+    mend = "Train both on the same classes" if "classes" in message else "Give the student"
+    assert mend in message and "\n" not in message and len(message) < 400
 
 
 def test_pyramid_of_another_width():
     teacher = _teacher("GFL", **{"MODEL.FPN.OUT_CHANNELS": 64})
     with pytest.raises(
-        ValueError, match=r"'head.box\[0\]'.* channels differ: student 32, teacher 64"
+        ValueError,
+        match=r"'head.box\[0\]' .*MODEL.FPN.OUT_CHANNELS.* is 32 in the student and 64 in the.*"
+        "adapters",
     ):
         _build("GFL", teacher=teacher, POSITION=0, BRANCHES=("reg",))
     _build("GFL", teacher=teacher, POSITION=1)  # behind the towers' first stage they are equal
 
 
 def test_detectors_of_different_kinds():
-    with pytest.raises(ValueError, match="'codec' of student and teacher.*_DeltaTransform"):
+    with pytest.raises(
+        ValueError, match="META_ARCHITECTURE.*DistributionBox2BoxTransform.*_DeltaTransform"
+    ):
         _build("GFL", teacher=pair("ATSS")[1])
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("GFL", {}, 'META_ARCHITECTURE "GFL", keeps no moving.*use "official" or "region"'),
+        ("ATSS", {}, 'META_ARCHITECTURE "ATSS", keeps no'),
+        ("FCOS", {}, 'META_ARCHITECTURE "FCOS", keeps no.*MODEL.FCOS.NORMALIZER "ema"'),
+        ("FCOS-d2", {"MODEL.FCOS.NORMALIZER": "count"}, 'META_ARCHITECTURE "FCOS", keeps no'),
+    ],
+)
+def test_moving_average_that_does_not_exist(name, options, message):
+    with pytest.raises(
+        ValueError, match='KD.CROSSKD.NORMALIZER is "ema", but the student, MODEL.' + message
+    ):
+        _build(name, NORMALIZER="ema", **options)
+
+
+@pytest.mark.parametrize("name", ["RetinaNet", "FCOS-d2"])
+def test_moving_average_that_exists(name):
+    preset = _build(name, NORMALIZER="ema").preset
+    assert {preset.cls_normaliser, preset.reg_normaliser, preset.ctr_normaliser} == {"ema"}
+
+
+def test_box_loss_of_fcos_is_its_own():
+    """The d2 preset is trained with GIoU, hence distilled with it; a key that is set wins."""
+    assert _build("FCOS").preset.reg_loss == "iou_log"
+    assert _build("FCOS-d2").preset.reg_loss == "giou"
+    assert _build("FCOS", **{"MODEL.FCOS.BOX_LOSS": "giou"}).preset.reg_loss == "giou"
+    assert _build("FCOS-d2", REG_LOSS="iou_log").preset.reg_loss == "iou_log"
 
 
 def test_two_stage_teacher():

@@ -1,18 +1,27 @@
 """The recipes say what the rows of the paper's tables say."""
 
+import functools
 from pathlib import Path
 
 import pytest
 
-from kd_d2.distillation import build_distillers, build_tap
+from kd_d2.distillation import DetectorTeacher, build_distillers, build_tap
 from kd_d2.engine.main import build_config
 from tests.fixtures import tiny_model
 
-COCO = Path(__file__).parents[3] / "projects/CrossKD/configs/COCO"
+ROOT = Path(__file__).parents[3]
+COCO = ROOT / "projects/CrossKD/configs/COCO"
+TEACHERS = ROOT / "configs/teachers"
 BOTH = {"cls": 1.0, "reg": 4.0}
 MIMIC = {f"mimic_{k}": v for k, v in BOTH.items()}
-R18 = ("R18", "gfl_r50")
-R50 = ("R50", "gfl_r101")
+GFL_R18 = ("GFL", "R18", "gfl_r50_1x")
+GFL_R50 = ("GFL", "R50", "gfl_r101_ms2x")
+RETINA_R18 = ("RetinaNet", "R18", "retinanet_r50_1x")
+RETINA_R50 = ("RetinaNet", "R50", "retinanet_r101_2x")
+RETINA_SWIN = ("RetinaNet", "R50", "retinanet_swin_t_1x")
+RETINA_MOBILE = ("RetinaNet", "MobileNetV2", "retinanet_r50_1x")
+FCOS = ("FCOS", "R50", "fcos_r101_caffe_ms2x")
+ATSS = ("ATSS", "R50", "atss_r101_1x")
 
 
 def _crosskd(i=3, weights=BOTH, **others):
@@ -21,60 +30,89 @@ def _crosskd(i=3, weights=BOTH, **others):
     return {**usual, "weights": weights, "positions": {b: i for b in branches}, **others}
 
 
+ONES = {"cls": 1.0, "reg": 1.0}
+FCOS_WEIGHTS = {"cls": 0.4, "reg": 0.75}
 ONLY = {"cls": {"cls": 1.0}, "reg": {"reg": 4.0}}
+NECK = (["neck"], 6.0)
+# row: (networks, CrossKD, (locations, weight) of PKD, schedule)
 ROWS = {
-    "gfl_r18_r50_1x": (R18, _crosskd(), None),
-    "gfl_r50_r101_1x": (R50, _crosskd(), None),
-    "gfl_r34_r101_1x": (("R34", "gfl_r101"), _crosskd(), None),
-    "gfl_r18_r101_1x": (("R18", "gfl_r101"), _crosskd(), None),
-    **{f"table1_position{i}": (R18, _crosskd(i), None) for i in (0, 1, 2, 4)},
-    "table1_mimic": (R18, _crosskd(5), None),
-    "table2_pkd_neck": (R18, None, ["neck"]),
-    "table2_pkd_cls": (R18, None, ["head.cls[3]"]),
-    "table2_pkd_reg": (R18, None, ["head.box[3]"]),
-    "table2_pkd_cls_reg": (R18, None, ["head.cls[3]", "head.box[3]"]),
-    **{f"table3_cross_{b}": (R18, _crosskd(weights=ONLY[b]), None) for b in ONLY},
-    **{f"table3_mimic_{b}": (R18, _crosskd(weights=ONLY[b], modes=("mimic",)), None) for b in ONLY},
+    "gfl_r18_r50_1x": (GFL_R18, _crosskd(), None),
+    "gfl_r50_r101_1x": (GFL_R50, _crosskd(), None),
+    "gfl_r34_r101_1x": (("GFL", "R34", GFL_R50[2]), _crosskd(), None),
+    "gfl_r18_r101_1x": (("GFL", "R18", GFL_R50[2]), _crosskd(), None),
+    **{f"table1_position{i}": (GFL_R18, _crosskd(i), None) for i in (0, 1, 2, 4)},
+    "table1_mimic": (GFL_R18, _crosskd(5), None),
+    "table2_pkd_neck": (GFL_R18, None, NECK),
+    "table2_pkd_cls": (GFL_R18, None, (["head.cls[3]"], 6.0)),
+    "table2_pkd_reg": (GFL_R18, None, (["head.box[3]"], 6.0)),
+    "table2_pkd_cls_reg": (GFL_R18, None, (["head.cls[3]", "head.box[3]"], 6.0)),
+    **{f"table3_cross_{b}": (GFL_R18, _crosskd(weights=ONLY[b]), None) for b in ONLY},
+    **{
+        f"table3_mimic_{b}": (GFL_R18, _crosskd(weights=ONLY[b], modes=("mimic",)), None)
+        for b in ONLY
+    },
     "table4_cross_mimic": (
-        R18,
+        GFL_R18,
         _crosskd(weights={**BOTH, **MIMIC}, modes=("cross", "mimic")),
         None,
     ),
-    "table7_mimic": (R50, _crosskd(modes=("mimic",)), None),
-    "table7_pkd": (R50, None, ["neck"]),
-    "table7_cross_pkd": (R50, _crosskd(), ["neck"]),
-    **{f"table10_strategy_{s}": (R18, _crosskd(strategy=s), None) for s in "bcd"},
+    "table5_teacher_3x": (("RetinaNet", "R18", "retinanet_r50_ms3x"), _crosskd(weights=ONES), None),
+    "table7_mimic": (GFL_R50, _crosskd(modes=("mimic",)), None),
+    "table7_pkd": (GFL_R50, None, NECK),
+    "table7_cross_pkd": (GFL_R50, _crosskd(), NECK),
+    "retinanet_r18_r50_1x": (RETINA_R18, _crosskd(weights=ONES), None),
+    "retinanet_r50_r101_2x": (RETINA_R50, _crosskd(weights=ONES), None, "2x"),
+    "table8_retinanet_cross_pkd": (RETINA_R50, _crosskd(weights=ONES), (["neck"], 2.0), "2x"),
+    "fcos_r50_r101_2x": (FCOS, _crosskd(2, FCOS_WEIGHTS), None, "2x"),
+    "table8_fcos_cross_pkd": (FCOS, _crosskd(2, FCOS_WEIGHTS), (["neck"], 2.0), "2x"),
+    "atss_r50_r101_1x": (ATSS, _crosskd(weights={**ONES, "ctr": 1.0}), None),
+    "table8_atss_cross_pkd": (ATSS, _crosskd(weights={**ONES, "ctr": 1.0}), (["neck"], 1.0)),
+    "retinanet_r50_swin_t_1x": (RETINA_SWIN, _crosskd(weights=ONES), None),
+    "table9_swin_t_pkd": (RETINA_SWIN, None, (["neck"], 2.0)),
+    "retinanet_mobilenet_v2_r50_1x": (RETINA_MOBILE, _crosskd(weights=ONES), None),
+    "table9_mobilenet_v2_pkd": (RETINA_MOBILE, None, (["neck"], 2.0)),
+    **{f"table10_strategy_{s}": (GFL_R18, _crosskd(strategy=s), None) for s in "bcd"},
     **{
-        f"table11_bce_{r}": (R18, _crosskd(cls_loss="_bce", region=r), None)
+        f"table11_bce_{r}": (GFL_R18, _crosskd(cls_loss="_bce", region=r), None)
         for r in ("pos", "neg", "all")
     },
 }
+SCHEDULES = {"1x": (90000, (60000, 80000)), "2x": (180000, (120000, 160000))}
 
 
 def test_every_recipe_is_a_row():
     assert {path.stem for path in COCO.glob("*.yaml")} == set(ROWS)
 
 
-@pytest.fixture(scope="module")
-def keys():
-    model = tiny_model("GFL", **{"MODEL.GFL.NUM_CONVS": 4})
+@functools.lru_cache(maxsize=None)
+def _keys(arch):
+    model = tiny_model(arch, **{f"MODEL.{arch.upper()}.NUM_CONVS": 4})
     return build_tap(model).keys(model)
 
 
+def _backbone(cfg):
+    names = {"build_mobilenetv2_fpn_backbone": "MobileNetV2", "build_swin_fpn_backbone": "Swin-T"}
+    return names.get(cfg.MODEL.BACKBONE.NAME, f"R{cfg.MODEL.RESNETS.DEPTH}")
+
+
 @pytest.mark.parametrize("row", ROWS)
-def test_row(row, keys):
-    (student, teacher), crosskd, pkd = ROWS[row]
+def test_row(row):
+    (arch, student, teacher), crosskd, pkd, *schedule = ROWS[row]
     cfg = build_config(str(COCO / f"{row}.yaml"))
-    assert f"R{cfg.MODEL.RESNETS.DEPTH}" == student and cfg.MODEL.META_ARCHITECTURE == "GFL"
-    assert cfg.SOLVER.MAX_ITER == 90000 and tuple(cfg.SOLVER.STEPS) == (60000, 80000)
-    assert tuple(cfg.INPUT.MIN_SIZE_TRAIN) == (800,) and cfg.SOLVER.IMS_PER_BATCH == 16
-    assert Path(cfg.KD.TEACHER.CONFIG_FILE).name.startswith(teacher + "_")
-    assert Path(cfg.KD.TEACHER.WEIGHTS).name.startswith(teacher + "_")
+    assert _backbone(cfg) == student and cfg.MODEL.META_ARCHITECTURE == arch
+    iterations, steps = SCHEDULES[schedule[0] if schedule else "1x"]
+    assert cfg.SOLVER.MAX_ITER == iterations and tuple(cfg.SOLVER.STEPS) == steps
+    sizes = (640, 800) if arch == "FCOS" else (800,)
+    assert tuple(cfg.INPUT.MIN_SIZE_TRAIN) == sizes and cfg.SOLVER.IMS_PER_BATCH == 16
+    assert Path(cfg.KD.TEACHER.CONFIG_FILE).stem == teacher
+    assert Path(cfg.KD.TEACHER.WEIGHTS).stem == "_fpn_".join(teacher.rsplit("_", 1))
+    keys = _keys(arch)
     distillers = build_distillers(cfg, keys, keys)[0]
     assert set(distillers) == {n for n, x in (("crosskd", crosskd), ("pkd", pkd)) if x is not None}
     if pkd is not None:
-        assert distillers["pkd"].pairs == [(key, key) for key in pkd]
-        assert distillers["pkd"].weights == {"feat": 6.0}
+        locations, weight = pkd
+        assert distillers["pkd"].pairs == [(key, key) for key in locations]
+        assert distillers["pkd"].weights == {"feat": weight}
     if crosskd is not None:
         distiller, node = distillers["crosskd"], cfg.KD.CROSSKD
         actual = {
@@ -88,9 +126,93 @@ def test_row(row, keys):
         assert actual == crosskd
 
 
-def test_teacher_of_two_schedules():
-    """GFL R-101: 2x, short edge uniform in 480..800."""
-    cfg = build_config(str(COCO.parents[3] / "configs/teachers/gfl_r101_ms2x.yaml"))
-    assert cfg.MODEL.RESNETS.DEPTH == 101 and not cfg.KD.ENABLED
-    assert tuple(cfg.INPUT.MIN_SIZE_TRAIN) == (480, 800)
-    assert cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and cfg.SOLVER.MAX_ITER == 180000
+@pytest.mark.parametrize("row", ROWS)
+def test_sixth_level(row):
+    """RetinaNet: students from P5, teachers from C5 (crosskd.md 2.1); all others from P5."""
+    cfg = build_config(str(COCO / f"{row}.yaml"))
+    teacher = DetectorTeacher.load_config(cfg)
+    is_retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    assert cfg.MODEL.FPN.P6_SOURCE == "p5"
+    assert teacher.MODEL.FPN.P6_SOURCE == ("c5" if is_retina else "p5")
+    for side in (cfg, teacher):
+        assert side.MODEL.FPN.P7_RELU == (cfg.MODEL.META_ARCHITECTURE == "FCOS")
+
+
+def _teacher(name):
+    cfg = build_config(str(TEACHERS / f"{name}.yaml"))
+    assert not cfg.KD.ENABLED
+    return cfg
+
+
+@pytest.mark.parametrize(
+    "name, arch, backbone, iterations, sizes, sampling",
+    [
+        ("gfl_r50_1x", "GFL", "R50", 90000, (800,), "choice"),
+        ("gfl_r101_ms2x", "GFL", "R101", 180000, (480, 800), "range"),
+        ("retinanet_r50_1x", "RetinaNet", "R50", 90000, (800,), "choice"),
+        ("retinanet_r50_ms3x", "RetinaNet", "R50", 270000, (640, 800), "range"),
+        ("retinanet_r101_2x", "RetinaNet", "R101", 180000, (800,), "choice"),
+        ("retinanet_swin_t_1x", "RetinaNet", "Swin-T", 90000, (800,), "choice"),
+        ("fcos_r101_caffe_ms2x", "FCOS", "R101", 180000, (640, 800), "choice"),
+        ("atss_r101_1x", "ATSS", "R101", 90000, (800,), "choice"),
+    ],
+)
+def test_teacher(name, arch, backbone, iterations, sizes, sampling):
+    cfg = _teacher(name)
+    assert (cfg.MODEL.META_ARCHITECTURE, _backbone(cfg)) == (arch, backbone)
+    assert cfg.SOLVER.MAX_ITER == iterations
+    assert tuple(cfg.INPUT.MIN_SIZE_TRAIN) == sizes
+    assert cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == sampling
+
+
+def test_every_teacher_is_listed():
+    teachers = {path.stem for path in TEACHERS.glob("*.yaml")}
+    assert teachers == {row[0][2] for row in ROWS.values()}
+
+
+def test_swin_t():
+    """Plain SGD at 0.01, drop path 0.2 (crosskd.md 2.1)."""
+    cfg = _teacher("retinanet_swin_t_1x")
+    node = cfg.MODEL.SWIN
+    assert (node.EMBED_DIM, tuple(node.DEPTHS), tuple(node.NUM_HEADS)) == (
+        96,
+        (2, 2, 6, 2),
+        (3, 6, 12, 24),
+    )
+    assert node.DROP_PATH_RATE == 0.2 and node.WINDOW_SIZE == 7 and cfg.SOLVER.BASE_LR == 0.01
+
+
+@pytest.mark.parametrize(
+    "path", [COCO / "fcos_r50_r101_2x.yaml", TEACHERS / "fcos_r101_caffe_ms2x.yaml"]
+)
+def test_schedule_of_fcos(path):
+    """Everything that crosskd.md section 4 says about FCOS."""
+    cfg = build_config(str(path))
+    solver = cfg.SOLVER
+    assert (solver.WARMUP_METHOD, solver.WARMUP_ITERS) == ("constant", 500)
+    assert solver.WARMUP_FACTOR == pytest.approx(1 / 3)
+    assert (solver.BIAS_LR_FACTOR, solver.WEIGHT_DECAY_BIAS) == (2.0, 0.0)
+    clip = solver.CLIP_GRADIENTS
+    assert clip.ENABLED and clip.FULL_MODEL
+    assert (clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE) == ("norm", 35.0, 2.0)
+    assert tuple(cfg.INPUT.MIN_SIZE_TRAIN) == (640, 800)
+    assert cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "choice" and cfg.INPUT.FORMAT == "BGR"
+    assert list(cfg.MODEL.PIXEL_MEAN) == [102.9801, 115.9465, 122.7717]
+    assert list(cfg.MODEL.PIXEL_STD) == [1.0, 1.0, 1.0]
+    assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 and "MSRA/R-" in cfg.MODEL.WEIGHTS
+    assert cfg.MODEL.FCOS.PRESET == "paper" and cfg.MODEL.RESNETS.NORM == "FrozenBN"
+
+
+def test_readme_says_how_to_get_every_weight():
+    """Each file below weights/ that a recipe names is the output of one command, and that of a
+    teacher is checked against the config that uses it."""
+    text = (COCO.parents[1] / "README.md").read_text()
+    commands = [line for line in text.splitlines() if "convert_weights.py" in line]
+    for path in [*COCO.glob("*.yaml"), *TEACHERS.glob("*.yaml")]:
+        cfg = build_config(str(path))
+        for weights in (cfg.MODEL.WEIGHTS, cfg.KD.TEACHER.WEIGHTS):
+            if weights.startswith("weights/"):
+                (command,) = [line for line in commands if f"--output {weights}" in line.strip()]
+                if weights == cfg.KD.TEACHER.WEIGHTS:
+                    name = Path(cfg.KD.TEACHER.CONFIG_FILE).name
+                    assert command.endswith(f"--config-file configs/teachers/{name}"), path
