@@ -99,12 +99,12 @@ class _Reader:
     def _comment(self, first: ast.AST, last: Optional[ast.AST] = None) -> str:
         behind = self._comments.get((last or first).end_lineno)
         if behind is not None and not self._alone(behind):
-            return self._text(behind)
+            return _paragraph([self._text(behind)])
         lines, line = [], first.lineno - 1
         while line in self._comments and self._alone(self._comments[line]):
             lines.insert(0, self._text(self._comments[line]))
             line -= 1
-        return " ".join(lines).replace(" \n", "\n")
+        return _paragraph(lines)
 
     @staticmethod
     def _alone(comment: tokenize.TokenInfo) -> bool:
@@ -112,5 +112,15 @@ class _Reader:
 
     @staticmethod
     def _text(comment: tokenize.TokenInfo) -> str:
-        text = comment.string.lstrip("#")
-        return "\n  " + text.strip() if text.startswith("  ") else text.strip()
+        return comment.string.lstrip("#")
+
+
+def _paragraph(lines: Iterable[str]) -> str:
+    """Join lines with blanks, but keep indented ones (two blanks or more) as lines."""
+    result, after_indented = "", False
+    for line in lines:
+        indented = line.startswith("  ")
+        gap = "\n" if result and (indented or after_indented) else " "
+        result += gap + ("  " if indented else "") + line.strip()
+        after_indented = indented
+    return result.strip()

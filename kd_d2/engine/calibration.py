@@ -1,0 +1,276 @@
+"""How strongly each distillation term pulls at the student, and the weights for a given pull.
+
+Values of losses say little about their influence: PKD's 0.3 can move a pyramid more than a
+detection loss of 2. Compared are therefore the norms of gradients, as ``kd_grad_ratio/...`` does
+during training.
+"""
+
+import itertools
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
+
+from kd_d2.checkpoint import KDCheckpointer
+from kd_d2.distillation import KDModel, ModuleRecorder, gradient_norms
+
+from .init_student import FrozenStatistics, copy_from_teacher
+from .trainer import KDTrainer, check_classes
+
+__all__ = [
+    "Pull",
+    "Spread",
+    "build_for_calibration",
+    "measure",
+    "step_gradients",
+    "training_update",
+    "warnings_of",
+]
+
+GROUPS = ("pyramid", "parameters")
+DETECTION, EVERYTHING = "detection", "all distillers"
+# a term whose largest ratio exceeds its median by this factor is warned about
+EXPLODING = 10.0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, standard deviation (of the sample), median, least and largest of the finite values.
+
+    Attributes:
+        broken: indices of the values that are NaN or infinite.
+    """
+
+    mean: float
+    std: float
+    median: float
+    min: float
+    max: float
+    broken: Tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return the facts of ``values``; all NaN if none is finite."""
+        finite = [v for v in values if math.isfinite(v)]
+        broken = tuple(i for i, v in enumerate(values) if not math.isfinite(v))
+        if not finite:
+            return cls(*[math.nan] * 5, broken)
+        std = statistics.stdev(finite) if len(finite) > 1 else 0.0
+        return cls(
+            statistics.fmean(finite),
+            std,
+            statistics.median(finite),
+            min(finite),
+            max(finite),
+            broken,
+        )
+
+
+@dataclass(frozen=True)
+class Pull:
+    """What was measured of one loss over the iterations.
+
+    Attributes:
+        name: "<label>/<term>", "<label>" (all terms of a distiller), "all distillers" or
+            "detection" (all losses of the detector itself).
+        raw: unweighted value; None for sums.
+        weight: factor of the term in the total loss; None for sums.
+        norms: group ("pyramid", "parameters") -> norm of the gradient.
+        ratios: the same divided by that of "detection", iteration by iteration.
+    """
+
+    name: str
+    raw: Optional[Spread]
+    weight: Optional[float]
+    norms: Dict[str, Spread]
+    ratios: Dict[str, Spread]
+
+
+def build_for_calibration(
+    cfg: CfgNode,
+) -> Tuple[CfgNode, KDModel, Iterable[List[Dict[str, Any]]]]:
+    """Return config, model and training data of a run of one process before its first step.
+
+    Nothing is written. ``MODEL.WEIGHTS`` and ``KD.INIT_STUDENT`` are applied.
+
+    Raises:
+        ValueError: KD is off, or whatever stops training: see :class:`KDTrainer`.
+    """
+    if not cfg.KD.ENABLED:
+        raise ValueError("KD.ENABLED is False: there is no distillation to calibrate")
+    cfg = KDTrainer.auto_scale_workers(cfg, 1)
+    model = KDTrainer.build_model(cfg)
+    loader = KDTrainer.build_train_loader(cfg)
+    check_classes(cfg, model.student, model.teacher)
+    checkpointer = KDCheckpointer(model.student, allow_unsafe=cfg.KD.ALLOW_UNSAFE_LOAD)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    inherited = cfg.KD.INIT_STUDENT
+    if inherited.PREFIXES and model.teacher is not None:
+        copy_from_teacher(model.student, model.teacher.state_to_copy(), inherited.PREFIXES)
+    model.train()
+    if inherited.FREEZE:
+        FrozenStatistics(model.student, inherited.PREFIXES).before_step()
+    return cfg, model, loader
+
+
+def training_update(cfg: CfgNode, model: KDModel) -> Callable[[torch.Tensor], None]:
+    """Return a function that takes the total loss and does the run's next optimizer step."""
+    optimizer = KDTrainer.build_optimizer(cfg, model)
+    scheduler = KDTrainer.build_lr_scheduler(cfg, optimizer)
+
+    def update(total: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        scheduler.step()
+
+    return update
+
+
+def step_gradients(
+    model: KDModel, batched_inputs: List[Dict[str, Any]], iteration: int = 0
+) -> Tuple[Dict[str, Dict[str, float]], Dict[str, float], torch.Tensor]:
+    """Return gradient norms of every loss, unweighted values of the terms, and the total loss.
+
+    The norms are by the names of :class:`Pull` and by group; schedules count as in training.
+    """
+    recorder = ModuleRecorder(model.student, ["backbone"])
+    with EventStorage(iteration) as storage, recorder:
+        losses = model(batched_inputs)
+    pyramid = recorder.single("backbone").output.values()
+    inputs = {
+        "pyramid": [x for x in pyramid if x.requires_grad],
+        "parameters": [p for p in model.student.parameters() if p.requires_grad],
+    }
+    pulls = {
+        f"{label}/{term}": losses.pop(f"loss_kd/{label}/{term}")
+        for label, distiller in model.distillers.items()
+        for term in distiller.terms
+    }
+    sums = {
+        label: sum(pulls[f"{label}/{term}"] for term in distiller.terms)
+        for label, distiller in model.distillers.items()
+    }
+    detection, everything = sum(losses.values()), sum(pulls.values())
+    pulls.update(sums)
+    pulls.update({EVERYTHING: everything, DETECTION: detection})
+    raw = {
+        name[len("kd_raw/") :]: value
+        for name, (value, _) in storage.latest().items()
+        if name.startswith("kd_raw/")
+    }
+    return gradient_norms(pulls, inputs), raw, detection + everything
+
+
+def measure(
+    model: KDModel,
+    batches: Iterable[List[Dict[str, Any]]],
+    iterations: int,
+    *,
+    update: Optional[Callable[[torch.Tensor], None]] = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> List[Pull]:
+    """Return what ``iterations`` training iterations show, the sums behind their terms.
+
+    Schedules are left out: a term is measured at its full strength.
+
+    Args:
+        model: in training mode; its weights change only through ``update``.
+        batches: training data, endless.
+        update: called with the total loss after each iteration, e.g. to train on.
+        progress: wraps the iterations, e.g. in a progress bar.
+
+    Raises:
+        ValueError: no iteration, or nothing of the student can be trained.
+    """
+    if iterations < 1:
+        raise ValueError(f"the number of iterations must be at least 1, got {iterations}")
+    if not any(p.requires_grad for p in model.student.parameters()):
+        raise ValueError(
+            "no parameter of the student is trained: MODEL.BACKBONE.FREEZE_AT and "
+            "KD.INIT_STUDENT.FREEZE leave nothing that distillation could change"
+        )
+    schedules, model.schedules = model.schedules, {}
+    norms, raws = [], []
+    try:
+        for i, batch in enumerate(progress(itertools.islice(batches, iterations))):
+            norm, raw, total = step_gradients(model, batch, i)
+            norms.append(norm)
+            raws.append(raw)
+            if update is not None:
+                update(total)
+    finally:
+        model.schedules = schedules
+    return _pulls(model, norms, raws)
+
+
+def _pulls(model: KDModel, norms: List[Dict], raws: List[Dict]) -> List[Pull]:
+    weights = {
+        f"{label}/{term}": weight
+        for label, distiller in model.distillers.items()
+        for term, weight in distiller.weights.items()
+    }
+    order = []
+    for label, distiller in model.distillers.items():
+        order += [f"{label}/{term}" for term in distiller.terms]
+        order += [label] if len(distiller.terms) > 1 else []
+    order += ([EVERYTHING] if len(model.distillers) > 1 else []) + [DETECTION]
+    return [
+        Pull(
+            name=name,
+            raw=Spread.of([raw[name] for raw in raws]) if name in weights else None,
+            weight=weights.get(name),
+            norms={g: Spread.of([step[name][g] for step in norms]) for g in GROUPS},
+            ratios={
+                g: Spread.of([_ratio(step[name][g], step[DETECTION][g]) for step in norms])
+                for g in GROUPS
+            },
+        )
+        for name in order
+    ]
+
+
+def _ratio(norm: float, detection: float) -> float:
+    return norm / detection if detection else math.nan
+
+
+def warnings_of(pulls: Sequence[Pull]) -> List[str]:
+    """Return a sentence for every loss that cannot be calibrated as it is, or hardly."""
+    result = []
+    for pull in pulls:
+        broken = sorted({i for s in (*pull.norms.values(), pull.raw) if s for i in s.broken})
+        if broken:
+            shown = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
+            result.append(
+                f"{pull.name}: NaN or infinite in {len(broken)} iterations ({shown}); they are "
+                "left out here, and would end training"
+            )
+        norm = pull.norms["pyramid"] if pull.norms["pyramid"].max else pull.norms["parameters"]
+        if pull.weight == 0:
+            result.append(
+                f"{pull.name}: its weight is 0, so nothing can be measured; give it any other one"
+            )
+        elif pull.raw is not None and pull.raw.min == pull.raw.max == 0:
+            result.append(
+                f"{pull.name}: exactly 0 in every iteration: it teaches nothing; check its "
+                "region, position and taps"
+            )
+        elif norm.max == 0:
+            result.append(f"{pull.name}: no gradient reaches the student")
+        elif pull.name != DETECTION:
+            result += _spread_warning(pull)
+    return result
+
+
+def _spread_warning(pull: Pull) -> List[str]:
+    ratio = pull.ratios["pyramid"]
+    if not ratio.max > EXPLODING * ratio.median:
+        return []
+    if ratio.median == 0:
+        return [f"{pull.name}: it pulls in less than half of the iterations; the mean says little"]
+    times = ratio.max / ratio.median
+    return [f"{pull.name}: its pull varies a lot, up to {times:.3g} times the median"]

@@ -1,0 +1,197 @@
+#!/usr/bin/env python
+"""Measure how strongly distillation pulls at the student, and suggest weights.
+
+    python tools/calibrate_kd.py --config-file configs/x.yaml --iterations 50 --target-ratio 1.0 \\
+        MODEL.DEVICE cpu
+
+Runs training iterations on the config's data without changing a weight (or with --train), and
+prints for every term the norm of its gradient at the pyramid and at the student's parameters,
+divided by that of the detection losses of the same iteration. The suggested weights bring the
+mean ratio at the pyramid to the target. Runs in one process, in fp32, without the schedules of the
+distillers; nothing is written.
+
+A ratio that is right at the beginning of training is not right for ever: measure again with the
+weights of a trained student (MODEL.WEIGHTS), or log KD.GRAD_RATIO_PERIOD during training.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from detectron2.utils.env import seed_all_rng
+from tabulate import tabulate
+from tqdm import tqdm
+
+from kd_d2.engine.calibration import (
+    Pull,
+    Spread,
+    build_for_calibration,
+    measure,
+    training_update,
+    warnings_of,
+)
+from kd_d2.engine.main import check, short_errors
+from kd_d2.engine.weight_suggestions import Suggestion, suggest
+
+_HEADER = ["loss", "weight", "raw value", "at the pyramid", "min .. max", "at the parameters"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="YAML", help="with KD.ENABLED True")
+    parser.add_argument("--iterations", type=int, default=50, help="default: %(default)s")
+    parser.add_argument(
+        "--target-ratio",
+        type=float,
+        default=1.0,
+        help="wanted gradient norm of each distiller relative to the detection losses' "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--train", action="store_true", help="train on while measuring, as the config says"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print Markdown")
+    form.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of config keys"
+    )
+    parser.set_defaults(eval_only=False)
+    return parser
+
+
+def calibrate(args: argparse.Namespace) -> Dict[str, Any]:
+    """Measure as the command line says.
+
+    Returns:
+        "pulls", "suggestions", "warnings" and what was measured how.
+
+    Raises:
+        ValueError, FileNotFoundError: config, data, weights or arguments are wrong.
+    """
+    if not args.target_ratio > 0 or args.iterations < 1:
+        raise ValueError(
+            f"--target-ratio must be positive and --iterations at least 1, got "
+            f"{args.target_ratio} and {args.iterations}"
+        )
+    cfg = check(args)
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED)
+    cfg, model, loader = build_for_calibration(cfg)
+    pulls = measure(
+        model,
+        loader,
+        args.iterations,
+        update=training_update(cfg, model) if args.train else None,
+        progress=lambda it: tqdm(it, total=args.iterations, desc="calibrating", unit="iteration"),
+    )
+    return {
+        "config": args.config_file,
+        "overrides": list(args.opts),
+        "iterations": args.iterations,
+        "images per iteration": cfg.SOLVER.IMS_PER_BATCH,
+        "trained": args.train,
+        "device": str(torch.device(cfg.MODEL.DEVICE)),
+        "torch": torch.__version__,
+        "target ratio": args.target_ratio,
+        "pulls": pulls,
+        "suggestions": suggest(cfg, model, pulls, args.target_ratio),
+        "warnings": warnings_of(pulls),
+    }
+
+
+def as_json(result: Dict[str, Any]) -> str:
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        # JSON has no NaN
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    lists = {k: [dataclasses.asdict(x) for x in result[k]] for k in ("pulls", "suggestions")}
+    return json.dumps(plain({**result, **lists}), indent=2)
+
+
+def as_text(result: Dict[str, Any], markdown: bool = False) -> str:
+    """What a person reads."""
+    pulls: List[Pull] = result["pulls"]
+    detection = pulls[-1]
+    rows = [_row(pull) for pull in pulls[:-1]]
+    how = "trained on" if result["trained"] else "without changing a weight"
+    lines = [
+        f"{result['iterations']} iterations of {result['images per iteration']} images, {how}. "
+        "Ratios are gradient norms divided by those of the detection losses, mean ± standard "
+        "deviation over the iterations.",
+        "Detection losses: "
+        f"{_pm(detection.norms['pyramid'])} at the pyramid, "
+        f"{_pm(detection.norms['parameters'])} at the parameters.",
+        "",
+        tabulate(rows, _HEADER, tablefmt="github" if markdown else "simple", disable_numparse=True),
+        "",
+    ]
+    lines += [f"warning: {text}" for text in result["warnings"]]
+    lines += [""] if result["warnings"] else []
+    lines.append(f"For a ratio of {result['target ratio']:g}:")
+    bullet = "* " if markdown else "  "
+    overrides = []
+    for item in result["suggestions"]:
+        lines += [bullet + text for text in _suggestion(item)]
+        overrides += [f"{c.key} {_short(c.suggested)}" for c in item.changes]
+    if overrides:
+        lines += ["", ("`{}`" if markdown else "{}").format(" ".join(overrides))]
+    return "\n".join(lines)
+
+
+def _row(pull: Pull) -> List[str]:
+    ratio = pull.ratios["pyramid"]
+    return [
+        pull.name,
+        "" if pull.weight is None else _short(pull.weight),
+        "" if pull.raw is None else _pm(pull.raw),
+        _pm(ratio),
+        f"{_short(ratio.min)} .. {_short(ratio.max)}",
+        _pm(pull.ratios["parameters"]),
+    ]
+
+
+def _suggestion(item: Suggestion) -> List[str]:
+    if not math.isfinite(item.factor):
+        return [f"{item.label}: nothing can be said, no gradient was measured"]
+    where = "" if item.group == "pyramid" else " (at the parameters: no pyramid is trained)"
+    head = f"{item.label}: {_short(item.measured)} now{where}, "
+    if item.changes:
+        changes = ", ".join(
+            f"{c.key} {_short(c.now)} -> {_short(c.suggested)}" for c in item.changes
+        )
+        lines = [head + changes]
+    else:
+        lines = [head + f"multiply its weights by {_short(item.factor)}"]
+    if len(item.alone) > 1:
+        alone = ", ".join(f"{term} {_short(weight)}" for term, weight in item.alone.items())
+        lines.append(f"{item.label}, each term by itself at the target: weights {alone}")
+    return lines
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _pm(spread: Spread) -> str:
+    return f"{_short(spread.mean)} ± {_short(spread.std)}"
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = build_parser().parse_args(argv)
+    with short_errors():
+        result = calibrate(args)
+    print(as_json(result) if args.json else as_text(result, args.markdown))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
