@@ -6,11 +6,14 @@ code composes.
 """
 
 from .adapters import Adapter, ConvAdapter, LinearAdapter
+from .box_distances import GIoU, LogIoU, SideL1, TeacherBounded, boxes_of
 from .context_block import ContextBlock
 from .distances import BCE, KL, L1, QFL, Cosine, Distance, SmoothL1, SquaredL2
+from .locations import at_anchors
 from .masked_generator import MaskedGenerator
 from .normalisers import Const, Elements, Images, Normaliser, Positives, Weights
 from .pair import Block, Grid, Pair
+from .rank import Objects, RankKL
 from .regions import (
     VLR,
     All,
@@ -23,6 +26,7 @@ from .regions import (
     GISelect,
     GTCells,
     GTCentre,
+    Matched,
     NearAnchor,
     PredDiff,
     Product,
@@ -45,6 +49,9 @@ from .registry import (
     KD_TRANSFORMS,
     build_block,
 )
+from .relation import PairwiseDistance, Vectors
+from .roi_sets import DenseProposals, GeneralInstances, GroundTruth, Proposals, RoISet, StudentBoxes
+from .roi_source import RoISource, pyramid_pooler
 from .sources import DenseSource, MapSource, Source
 from .ssim import SSIM, structural_similarity
 from .term import LEVELS, PairDistiller, PairTerm

@@ -17,6 +17,7 @@ from .base import (
 )
 from .general_instances import GISelect
 from .gt import BoxRegion, Gaussian, GTCells, GTCentre, ScaledBackground, ScaledGT, fpn_level
+from .matched import Matched
 from .predictions import PredDiff, TeacherConf
 from .student_score import StudentScore
 from .vlr import VLR
@@ -31,6 +32,7 @@ __all__ = [
     "GISelect",
     "GTCells",
     "GTCentre",
+    "Matched",
     "Gaussian",
     "NearAnchor",
     "PredDiff",

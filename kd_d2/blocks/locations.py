@@ -1,0 +1,25 @@
+"""Features at the cells of anchors."""
+
+from typing import List
+
+import torch
+
+__all__ = ["at_anchors"]
+
+
+def at_anchors(
+    levels: List[torch.Tensor], anchors_per_cell: int, images: torch.Tensor, anchors: torch.Tensor
+) -> torch.Tensor:
+    """Return the feature of the cell of each of M anchors, with its graph.
+
+    Args:
+        levels: (N, C, H, W), fine to coarse.
+        anchors_per_cell: the same on all levels.
+        images: (M,) index of the image.
+        anchors: (M,) number of the anchor among those of all levels, cell by cell.
+
+    Returns:
+        (M, C).
+    """
+    cells = torch.cat([x.flatten(2).transpose(1, 2) for x in levels], dim=1)
+    return cells[images, anchors // anchors_per_cell]
