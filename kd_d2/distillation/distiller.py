@@ -35,6 +35,8 @@ class Distiller(nn.Module):
     node: str = ""
     # False for methods that need no teacher at all.
     needs_teacher: bool = True
+    # True: load_teacher_state is called when the networks are put together.
+    copies_teacher: bool = False
     # Paper, demands on the pair and published gains, for people who choose a method.
     info: Optional[MethodInfo] = None
 
@@ -96,6 +98,14 @@ class Distiller(nn.Module):
         """Terms of a step in which the distiller is not run; ``like`` gives the device."""
         zero = like.new_zeros((), dtype=torch.float32) + self.zero()
         return {term: zero for term in self.weights}
+
+    def load_teacher_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy initial values of own parameters from the teacher's state dict.
+
+        Called once, before the optimizer exists and before a checkpoint is loaded, which therefore
+        wins on --resume.
+        """
+        raise NotImplementedError
 
     def validate(
         self, student_keys: Mapping[str, KeyInfo], teacher_keys: Mapping[str, KeyInfo]

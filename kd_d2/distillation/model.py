@@ -66,6 +66,8 @@ class KDModel(nn.Module):
         for label, distiller in self.distillers.items():
             if distiller.needs_teacher and teacher is None:
                 raise ValueError(f"distiller '{label}' needs a teacher, but there is none")
+            if distiller.copies_teacher:
+                distiller.load_teacher_state(teacher.state_to_copy())
         # the padded size is the size of the backbone's input, hence "backbone" is always observed
         needs = {"path:backbone"}.union(*(d.student_needs for d in self.distillers.values()))
         self._student_needs = sorted(needs)
