@@ -13,8 +13,8 @@ __all__ = ["Adapter", "ConvAdapter", "LinearAdapter"]
 class Adapter(nn.Module):
     """Interface of adapters: modules of the distiller that are made when widths are known."""
 
-    # set once the parameters exist; terms that share an adapter build it once
-    built = False
+    # widths of the pairs once the parameters exist; terms that share an adapter build it once
+    built_for: Optional[Tuple[Tuple[int, int], ...]] = None
 
     def build(self, widths: Sequence[Tuple[int, int]]) -> None:
         """Create the parameters.

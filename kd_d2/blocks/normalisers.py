@@ -64,8 +64,9 @@ class Images(Normaliser):
     def __call__(self, ctx, pair, weights):
         number = max(len(ctx.image_sizes), 1) * self._factor
         if self._channels:
-            number *= pair.student.shape[1]
-        return weights.new_tensor(float(number))
+            # rows that lie on no grid have them in front: channels of flattened maps, of RoIs
+            number *= pair.num_channels if pair.grids else pair.student.shape[1]
+        return weights.new_full((), float(number))
 
 
 @KD_NORMALISERS.register()
@@ -81,6 +82,10 @@ class Positives(Normaliser):
         self._reduced = over == "ranks"
 
     def __call__(self, ctx, pair, weights):
+        # one collective operation a step, whatever the number of pairs and terms
+        return ctx.memo((Positives, self._reduced), lambda: self._number(ctx))
+
+    def _number(self, ctx) -> torch.Tensor:
         number = assignment_of(ctx).positive.sum(dim=1).clamp(min=1).sum().float()
         return reduce_mean(number) if self._reduced else number
 
@@ -96,4 +101,4 @@ class Const(Normaliser):
         self._value = value
 
     def __call__(self, ctx, pair, weights):
-        return weights.new_tensor(float(self._value))
+        return weights.new_full((), float(self._value))

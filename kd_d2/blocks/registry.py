@@ -47,6 +47,8 @@ def build_block(registry: Registry, expression: str, where: str) -> Any:
     Raises:
         ValueError: not of that form, unknown name or argument, or a value that the block refuses.
     """
+    if not isinstance(expression, str):
+        raise ValueError(f"{where}: {expression!r} is not of the form Name(key=value)")
     try:
         node = ast.parse(expression.strip(), mode="eval").body
     except SyntaxError as error:
@@ -64,7 +66,7 @@ def _build(registry: Registry, node: ast.expr, expression: str, where: str) -> A
     if name not in known:
         raise ValueError(
             f"{where}: '{name}' is not registered in {registry._name}; known: "
-            f"{', '.join(sorted(known))}; similar: {near_matches(name, known)}"
+            f"{', '.join(sorted(known))}; similar: {near_matches(name, known)}. Text needs quotes"
         )
     cls = registry.get(name)
     args = [_value(registry, arg, expression, where) for arg in node.args]
@@ -79,7 +81,10 @@ def _build(registry: Registry, node: ast.expr, expression: str, where: str) -> A
         raise ValueError(
             f"{where}: '{expression}': {error}; {name} takes {inspect.signature(cls)}"
         ) from None
-    return cls(*args, **kwargs)
+    try:
+        return cls(*args, **kwargs)
+    except (TypeError, ValueError) as error:  # a value of another type, or one that is refused
+        raise ValueError(f"{where}: '{expression}': {error}") from error
 
 
 def _value(registry: Registry, node: ast.expr, expression: str, where: str) -> Any:

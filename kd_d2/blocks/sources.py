@@ -7,6 +7,7 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch.nn import functional as F
 
 from kd_d2.distillation import require_equal
+from kd_d2.distillation.recorder import near_matches
 
 from .pair import Block, Grid, Pair
 from .registry import KD_SOURCES
@@ -19,9 +20,11 @@ class Source(Block):
 
     Attributes (final after ``bind``):
         widths: per pair (student's channels, teacher's channels), for adapters.
+        strides: per level of the pairs' grids, input pixels a cell; empty without grids.
     """
 
     widths: Tuple[Tuple[int, int], ...] = ()
+    strides: Tuple[int, ...] = ()
 
     def __call__(self, ctx) -> List[Pair]:
         """Return the pairs of this step; their number is that of ``widths``."""
@@ -71,12 +74,17 @@ class MapSource(Source):
         """Return (stride, channels) of the maps of ``side``, fine to coarse."""
         key = self.key if side == "student" else self.teacher_key
         if key not in keys:
-            raise ValueError(f"MapSource compares '{key}', which the {side} does not have")
+            raise ValueError(
+                f"MapSource compares '{key}', which the {side} does not have; similar: "
+                f"{near_matches(key, keys, 8)}"
+            )
         return [(stride, keys[key].channels) for stride in keys[key].strides]
 
     def _read(self, side: str, view) -> List[torch.Tensor]:
         """Return the maps of ``side`` in the order of :meth:`_levels_of`."""
-        return view[self.key if side == "student" else self.teacher_key]
+        found = view[self.key if side == "student" else self.teacher_key]
+        # a single level, e.g. "neck.p4", is a tensor
+        return [found] if isinstance(found, torch.Tensor) else found
 
     def bind(self, student_keys, teacher_keys):
         ours = self._levels_of("student", student_keys)
@@ -112,17 +120,18 @@ class MapSource(Source):
                         f"{our_strides[i]}, its partner in the teacher {their_strides[j]}; "
                         'pair by "stride", or resize one side'
                     )
-        self._strides = tuple(our_strides[i] for i, _ in self.indices)
+        # a resized map has the cells of the other side
+        self.strides = tuple(
+            their_strides[j] if self._resize == "student" else our_strides[i]
+            for i, j in self.indices
+        )
         self.widths = tuple((ours[i][1], theirs[j][1]) for i, j in self.indices)
 
     def __call__(self, ctx):
         ours, theirs = self._read("student", ctx.student), self._read("teacher", ctx.teacher)
         pairs = [self._sized(ours[i], theirs[j]) for i, j in self.indices]
-        # a cell of a map that was resized covers other pixels
-        scale = [p[0].shape[-1] / ours[i].shape[-1] for p, (i, _) in zip(pairs, self.indices)]
         grids = tuple(
-            Grid(*student.shape[-2:], stride if factor == 1 else round(stride / factor))
-            for (student, _), stride, factor in zip(pairs, self._strides, scale)
+            Grid(*student.shape[-2:], stride) for (student, _), stride in zip(pairs, self.strides)
         )
         return [
             Pair(student, teacher, True, grids, level, self.key)
@@ -163,10 +172,12 @@ class DenseSource(Source):
             per_level: one pair a level instead of one of all levels.
 
         Raises:
-            ValueError: another output.
+            ValueError: another output, or bins of another than "box".
         """
         if output not in ("cls", "box", "ctr"):
             raise ValueError(f'DenseSource: output must be "cls", "box" or "ctr", got {output!r}')
+        if bins and output != "box":
+            raise ValueError(f'DenseSource: bins are those of "box", not of {output!r}')
         self.key = f"pred.{output}"
         self._output, self._bins, self._per_level = output, bins, per_level
         self.student_needs = (self.key, "codec")
@@ -189,9 +200,9 @@ class DenseSource(Source):
                 f"but these detectors predict {self._box_dim} numbers per box"
             )
         self._classes = student_keys["pred.cls"].signature[0]
-        self._strides = student_keys[self.key].strides
+        self.strides = student_keys[self.key].strides
         dim = self._dim()
-        self.widths = ((dim, dim),) * (len(self._strides) if self._per_level else 1)
+        self.widths = ((dim, dim),) * (len(self.strides) if self._per_level else 1)
 
     def _dim(self) -> int:
         if self._bins:
@@ -207,7 +218,7 @@ class DenseSource(Source):
         if self._bins:
             sides = [[x.reshape(*x.shape[:2], 4, dim // 4) for x in side] for side in sides]
         grids = tuple(
-            Grid(*x.shape[-2:], stride) for x, stride in zip(ctx.student[self.key], self._strides)
+            Grid(*x.shape[-2:], stride) for x, stride in zip(ctx.student[self.key], self.strides)
         )
         if self._per_level:
             return [

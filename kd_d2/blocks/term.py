@@ -16,10 +16,27 @@ from .regions import All, Region
 from .sources import Source
 from .transforms import Transform
 
-__all__ = ["LEVELS", "PairDistiller", "PairTerm"]
+__all__ = ["LEVELS", "PairDistiller", "PairTerm", "bind_adapter"]
 
 # how the values of the pairs (levels) become one
 LEVELS = {"sum": lambda values: sum(values), "mean": lambda values: sum(values) / len(values)}
+
+
+def bind_adapter(adapter: Adapter, widths) -> None:
+    """Create the parameters of ``adapter``, unless another user of it has done so.
+
+    Raises:
+        ValueError: that other user's pairs have other widths.
+    """
+    widths = tuple(tuple(pair) for pair in widths)
+    if adapter.built_for is None:
+        adapter.build(widths)
+        adapter.built_for = widths
+    elif adapter.built_for != widths:
+        raise ValueError(
+            f"an adapter is shared by pairs of the widths (student, teacher) {adapter.built_for} "
+            f"and {widths}; give each source its own, or compare the same levels"
+        )
 
 
 class PairTerm(nn.Module):
@@ -77,10 +94,9 @@ class PairTerm(nn.Module):
         """
         for block in self.blocks:
             block.bind(student_keys, teacher_keys)
+        self._check_strides()
         if self.adapter is not None:
-            if not self.adapter.built:  # by another term that shares it
-                self.adapter.build(self.source.widths)
-                self.adapter.built = True
+            bind_adapter(self.adapter, self.source.widths)
             return
         for student, teacher in self.source.widths:
             if student != teacher:
@@ -90,6 +106,16 @@ class PairTerm(nn.Module):
                     "same width"
                 )
 
+    def _check_strides(self) -> None:
+        known, compared = self.region.strides, self.source.strides
+        missing = set(compared) - set(compared if known is None else known)
+        if missing:
+            raise ValueError(
+                f"region {type(self.region).__name__} is defined at strides {tuple(known)}, but "
+                f"{type(self.source).__name__} compares {tuple(compared)}; leave out level(s) of "
+                f"stride {sorted(missing)} (levels= of the source) or use another region"
+            )
+
     def forward(self, ctx) -> torch.Tensor:
         """Return the unweighted fp32 scalar."""
         values = [self._value(ctx, pair, index) for index, pair in enumerate(self.source(ctx))]
@@ -97,8 +123,9 @@ class PairTerm(nn.Module):
 
     def _value(self, ctx, pair: Pair, index: int) -> torch.Tensor:
         if self.adapter is not None:
+            # the tensor itself is part of the key: sources may read other levels of one key
             pair.student = ctx.memo(
-                (self.adapter, pair.key, index), lambda: self.adapter(pair.student, index)
+                (self.adapter, index, pair.student), lambda: self.adapter(pair.student, index)
             )
         pair.teacher = pair.teacher.detach()
         with torch.autocast(pair.student.device.type, enabled=False):
@@ -112,7 +139,7 @@ class PairTerm(nn.Module):
                     *weights.shape, *[1] * (values.dim() - weights.dim())
                 ).expand_as(values)
                 divisor = self.normaliser(ctx, pair, weights)
-            # where: a value that is not finite must not come in through a weight of 0
+            # where: a loss that is not finite must not come in through a weight of 0
             return torch.where(weights > 0, weights * values, 0.0).sum() / divisor
 
 

@@ -7,7 +7,7 @@ from detectron2.structures import Boxes, pairwise_iou
 
 from ..pair import Grid
 from ..registry import KD_REGIONS
-from .base import CellRegion, anchor_strides, at_strides
+from .base import CellRegion, anchor_strides, at_strides, strides_of_anchors
 from .gt import fpn_level
 
 __all__ = ["NearAnchor"]
@@ -44,6 +44,9 @@ class NearAnchor(CellRegion):
                 f'NearAnchor: scope must be "all", "own", "each" or "map", got {scope!r}'
             )
         self._threshold, self._scope = threshold, scope
+
+    def bind(self, student_keys, teacher_keys):
+        self.strides = strides_of_anchors(self, student_keys)
 
     def cells(self, ctx, grids):
         if self._scope == "map" and len(grids) > 1:

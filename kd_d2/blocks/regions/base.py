@@ -1,6 +1,6 @@
 """Interface of regions, and those that are made of others."""
 
-from typing import List, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 
@@ -22,11 +22,18 @@ __all__ = [
     "anchor_strides",
     "assignment_of",
     "at_strides",
+    "strides_of_anchors",
 ]
 
 
 class Region(Block):
-    """Weight of every position of a pair; a constant of the step, without gradient."""
+    """Weight of every position of a pair; a constant of the step, without gradient.
+
+    Attributes:
+        strides: of the levels on which the region is defined, final after ``bind``; None: any.
+    """
+
+    strides: Optional[Tuple[int, ...]] = None
 
     def __call__(self, ctx, pair: Pair) -> torch.Tensor:
         """Return fp32 weights >= 0 of the shape ``pair.positions`` (or a prefix of it)."""
@@ -56,6 +63,9 @@ class AnchorRegion(Region):
 
     student_needs = ("anchors",)
 
+    def bind(self, student_keys, teacher_keys):
+        self.strides = strides_of_anchors(self, student_keys)
+
     def anchors(self, ctx) -> torch.Tensor:
         """Return the weights (N, R) of the anchors of all levels of the student."""
         raise NotImplementedError
@@ -82,6 +92,19 @@ def anchor_levels(ctx, values: torch.Tensor, grids: Sequence[Grid]) -> List[torc
     """
     levels = values.split([len(boxes) for boxes in ctx.student["anchors"]], dim=1)
     return at_strides("anchors of the student", anchor_strides(ctx), levels, grids)
+
+
+def strides_of_anchors(region: Region, student_keys) -> Tuple[int, ...]:
+    """Return the strides of the levels with anchors.
+
+    Raises:
+        ValueError: the student has no anchors.
+    """
+    if "anchors" not in student_keys:
+        raise ValueError(
+            f"{type(region).__name__} needs 'anchors' of the student, which it does not have"
+        )
+    return student_keys["anchors"].strides
 
 
 def anchor_strides(ctx) -> List[int]:
@@ -132,18 +155,18 @@ class Valid(CellRegion):
 
     def cells(self, ctx, grids):
         divisibility = ctx.student.model.backbone.size_divisibility
-        masks = []
-        for grid in grids:
-            per_image = [_valid(grid, size, divisibility) for size in ctx.image_sizes]
-            masks.append(torch.stack(per_image).to(ctx.student.model.device))
-        return masks
+        device = ctx.student.model.device
+        return [
+            torch.stack([_valid(grid, size, divisibility, device) for size in ctx.image_sizes])
+            for grid in grids
+        ]
 
 
-def _valid(grid: Grid, image_size: Tuple[int, int], divisibility: int) -> torch.Tensor:
+def _valid(grid: Grid, image_size: Tuple[int, int], divisibility: int, device) -> torch.Tensor:
     """(H, W) mask; the rule of :func:`kd_d2.modeling.layers.valid_anchor_mask`."""
     step = max(divisibility, 1)
     rows, columns = (-(-(-(-int(side) // step) * step) // grid.stride) for side in image_size)
-    mask = torch.zeros(grid.height, grid.width)
+    mask = torch.zeros(grid.height, grid.width, device=device)
     mask[:rows, :columns] = 1.0
     return mask
 
@@ -182,12 +205,21 @@ class Complement(Region):
         self._region = region
 
     def bind(self, student_keys, teacher_keys):
-        self._region.bind(student_keys, teacher_keys)
-        self.student_needs = self._region.student_needs
-        self.teacher_needs = self._region.teacher_needs
+        _bind_parts(self, [self._region], student_keys, teacher_keys)
 
+    @torch.no_grad()
     def __call__(self, ctx, pair):
         return (self._region(ctx, pair) == 0).float()
+
+
+def _bind_parts(whole: Region, parts: Sequence[Region], student_keys, teacher_keys) -> None:
+    """Bind ``parts``; ``whole`` needs what they need and is defined where all of them are."""
+    for part in parts:
+        part.bind(student_keys, teacher_keys)
+    whole.student_needs = tuple(sorted({key for part in parts for key in part.student_needs}))
+    whole.teacher_needs = tuple(sorted({key for part in parts for key in part.teacher_needs}))
+    known = [set(part.strides) for part in parts if part.strides is not None]
+    whole.strides = tuple(sorted(set.intersection(*known))) if known else None
 
 
 @KD_REGIONS.register()
@@ -195,14 +227,15 @@ class Product(Region):
     """Product of the weights of several regions."""
 
     def __init__(self, *regions: Region):
+        """Raises ``ValueError`` without a region."""
+        if not regions:
+            raise ValueError("Product needs at least one region")
         self._regions = regions
 
     def bind(self, student_keys, teacher_keys):
-        for region in self._regions:
-            region.bind(student_keys, teacher_keys)
-        self.student_needs = tuple({k for r in self._regions for k in r.student_needs})
-        self.teacher_needs = tuple({k for r in self._regions for k in r.teacher_needs})
+        _bind_parts(self, self._regions, student_keys, teacher_keys)
 
+    @torch.no_grad()
     def __call__(self, ctx, pair):
         result = self._regions[0](ctx, pair)
         for region in self._regions[1:]:

@@ -16,6 +16,7 @@ class StudentScore(AnchorRegion):
     student_needs = ("anchors", "pred.cls")
 
     def bind(self, student_keys, teacher_keys):
+        super().bind(student_keys, teacher_keys)
         if "pred.cls" not in student_keys:
             raise ValueError(
                 "StudentScore needs 'pred.cls' of the student, which it does not have: it must be "

@@ -66,8 +66,7 @@ class VLR(AnchorRegion):
         self._offset = 0.0
 
     def bind(self, student_keys, teacher_keys):
-        if "anchors" not in student_keys:
-            raise ValueError("VLR needs 'anchors' of the student, which it does not have")
+        super().bind(student_keys, teacher_keys)
         self._offset = dict(student_keys["anchors"].signature[:1]).get("offset", 0.0)
 
     def anchors(self, ctx):
