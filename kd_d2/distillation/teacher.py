@@ -18,6 +18,7 @@ from torch import nn
 from kd_d2.checkpoint import KDCheckpointer, file_sha256, load_yaml_config, merge_opts
 from kd_d2.config import get_cfg
 
+from .fuse import fuse_norms
 from .recorder import near_matches
 from .taps import KeyInfo, StagedRun, build_tap
 
@@ -133,6 +134,8 @@ class DetectorTeacher(Teacher):
         classes: Optional[List[str]] = None,
         description: str = "",
         cfg: Optional[CfgNode] = None,
+        fuse_bn: bool = False,
+        channels_last: bool = False,
     ):
         """
         Args:
@@ -141,6 +144,8 @@ class DetectorTeacher(Teacher):
             classes: class names in order.
             description: for the log.
             cfg: the teacher's config, needed only to evaluate it.
+            fuse_bn: multiply batch norms into the convs before them, see :mod:`.fuse`.
+            channels_last: keep the weights in that memory format; feature maps follow.
 
         Raises:
             ValueError: the formats differ by more than the order of R and B.
@@ -151,6 +156,10 @@ class DetectorTeacher(Teacher):
                 f"'{student_format}'"
             )
         self.model = freeze(model)
+        if fuse_bn:
+            logger.info(f"Teacher: {fuse_norms(model)} batch norms are part of their convs")
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
         self.tap = build_tap(model)
         self.keys = self.tap.keys(model)
         self.cfg = cfg
@@ -188,6 +197,8 @@ class DetectorTeacher(Teacher):
             "classes": classes,
             "description": description,
             "cfg": teacher_cfg,
+            "fuse_bn": node.FUSE_BN,
+            "channels_last": node.CHANNELS_LAST,
         }
 
     @staticmethod

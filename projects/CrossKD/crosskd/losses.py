@@ -5,15 +5,17 @@ from typing import Callable, Dict
 import torch
 
 from kd_d2.losses.box import giou_loss, iou_log_loss
-from kd_d2.losses.quality_focal import quality_focal_loss
+from kd_d2.losses.quality_focal import quality_focal_loss, quality_focal_loss_per_row
 from kd_d2.losses.soft_targets import kl_divergence, soft_binary_cross_entropy
 
 __all__ = ["CLS_LOSSES", "REG_LOSSES", "centerness_loss"]
 
 
 def _qfl(logits, target_logits, gamma, detach):
+    if detach:
+        return quality_focal_loss_per_row(logits, target_logits, gamma)
     targets = target_logits.float().sigmoid()
-    return quality_focal_loss(logits, targets, gamma, detach_targets=detach).sum(dim=-1)
+    return quality_focal_loss(logits, targets, gamma, detach_targets=False).sum(dim=-1)
 
 
 def _bce(logits, target_logits, gamma, detach):

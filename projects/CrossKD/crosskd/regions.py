@@ -71,7 +71,7 @@ CLS_REGIONS: Dict[str, Callable[[Positions], torch.Tensor]] = {
     "neg": lambda positions: positions.counted & ~positions.positive,
 }
 
-# (positions, teacher logits (N, R, K)) -> (N, R)
+# (positions, the teacher's highest logit (N, R, 1)) -> (N, R)
 REG_REGIONS: Dict[str, Callable[[Positions, torch.Tensor], torch.Tensor]] = {
     "teacher": lambda positions, logits: logits.detach().float().sigmoid().amax(dim=-1)
     * positions.counted,
