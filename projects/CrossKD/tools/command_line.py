@@ -14,7 +14,6 @@ from kd_d2.projects.crosskd.analysis.pictures import level_name
 __all__ = [
     "add_drawing",
     "chosen_levels",
-    "class_names",
     "parse",
     "parser",
     "prepare",
@@ -132,8 +131,3 @@ def titled_path(text: str) -> Tuple[str, str]:
     if not (title and sign and path):
         raise argparse.ArgumentTypeError(f"expected TITLE=PATH, got '{text}'")
     return title, path
-
-
-def class_names(metadata) -> Tuple[str, ...]:
-    """Class names of a data set; empty if it has none."""
-    return tuple(metadata.get("thing_classes", None) or ())

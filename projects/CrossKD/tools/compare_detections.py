@@ -14,11 +14,12 @@ import os
 from typing import Dict, List, Optional, Sequence
 
 import torch
-from command_line import class_names, parse, parser, prepare, teacher_of, titled_path
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from command_line import parse, parser, prepare, teacher_of, titled_path
+from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode, Instances
 from tqdm import tqdm
 
+from kd_d2.data import dataset_classes
 from kd_d2.engine.main import short_errors
 from kd_d2.projects.crosskd.analysis.images import load_images, rgb_picture
 from kd_d2.projects.crosskd.analysis.observer import student_of
@@ -95,6 +96,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         networks += [(title, student_of(cfg, path), cfg) for title, path in args.model]
         records = load_images(cfg, dataset, args.images, args.num_images)
         truth(records, dataset)
+        names = dataset_classes(dataset)
     columns = [
         (title, detect(model, own_cfg, dataset, args, title)) for title, model, own_cfg in networks
     ]
@@ -110,7 +112,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         writer.writerow(COLUMNS)
         writer.writerows(rows)
     path = os.path.join(args.output, "detections.png")
-    names = class_names(MetadataCatalog.get(dataset))
     draw_detections(records, columns, path, args.score_threshold, names, truth_last=True)
     print(f"written: {path}")
 

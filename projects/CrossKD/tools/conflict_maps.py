@@ -17,10 +17,10 @@ from collections import Counter
 from typing import Dict, List, Optional, Sequence
 
 import numpy as np
-from command_line import add_drawing, chosen_levels, class_names, parse, parser, prepare, teacher_of
-from detectron2.data import MetadataCatalog
+from command_line import add_drawing, chosen_levels, parse, parser, prepare, teacher_of
 from tqdm import tqdm
 
+from kd_d2.data import dataset_classes
 from kd_d2.distillation import freeze
 from kd_d2.engine.main import short_errors
 from kd_d2.projects.crosskd.analysis.conflict_maps import conflict_maps, count_conflicts
@@ -138,7 +138,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     args = parse_arguments(arguments)
     with short_errors():
         cfg, dataset = prepare(args)
-        classes = class_index(args.label, class_names(MetadataCatalog.get(dataset)))
+        classes = class_index(args.label, dataset_classes(dataset))
         student, teacher = freeze(student_of(cfg, args.weights)), teacher_of(cfg)
         observer = Observer(student, teacher, *PREDICTIONS)
         drawn_levels = chosen_levels(args.levels, student.anchor_generator.strides)
