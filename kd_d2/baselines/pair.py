@@ -12,6 +12,7 @@ from kd_d2.blocks import (
     KD_REGIONS,
     KD_SOURCES,
     KD_TRANSFORMS,
+    LEVELS,
     PairDistiller,
     PairTerm,
     build_block,
@@ -102,6 +103,10 @@ def _term(where: str, fields: Mapping) -> tuple:
     weight = fields.get("WEIGHT", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise ValueError(f"{where}.WEIGHT must be a number, got '{weight}'")
+    if fields.get("LEVELS", "sum") not in tuple(LEVELS):
+        raise ValueError(
+            f"{where}.LEVELS must be one of {', '.join(LEVELS)}, got '{fields['LEVELS']}'"
+        )
     blocks = {
         name.lower(): build_block(registry, fields[name], f"{where}.{name}")
         for name, registry in _BLOCKS.items()

@@ -55,5 +55,13 @@ from .roi_source import RoISource, pyramid_pooler
 from .sources import DenseSource, MapSource, Source
 from .ssim import SSIM, structural_similarity
 from .term import LEVELS, PairDistiller, PairTerm
-from .transforms import Flatten, L2Norm, Sigmoid, Standardise, Transform
+from .transforms import (
+    Flatten,
+    L2Norm,
+    Sigmoid,
+    Softmax,
+    SpatialSoftmax,
+    Standardise,
+    Transform,
+)
 from .trunk_source import TrunkSource

@@ -9,7 +9,7 @@ from kd_d2.losses.imitation import standardise
 from .pair import Pair
 from .registry import KD_TRANSFORMS
 
-__all__ = ["Flatten", "L2Norm", "Sigmoid", "Standardise", "Transform"]
+__all__ = ["Flatten", "L2Norm", "Sigmoid", "Softmax", "SpatialSoftmax", "Standardise", "Transform"]
 
 
 class Transform:
@@ -36,6 +36,44 @@ class Sigmoid(Transform):
 
     def __call__(self, pair):
         return pair.map(torch.sigmoid)
+
+
+@KD_TRANSFORMS.register()
+class Softmax(Transform):
+    """Probabilities along the channels from logits, which are divided by ``temperature``."""
+
+    def __init__(self, temperature: float = 1.0):
+        """Raises ``ValueError`` unless ``temperature`` is positive."""
+        self._temperature = _positive("Softmax", temperature)
+
+    def __call__(self, pair):
+        return pair.map(lambda x: torch.softmax(x / self._temperature, dim=pair.channel_dim))
+
+
+@KD_TRANSFORMS.register()
+class SpatialSoftmax(Transform):
+    """Every channel of a map as a distribution over its H*W positions; they sum to 1."""
+
+    def __init__(self, temperature: float = 1.0):
+        """Raises ``ValueError`` unless ``temperature`` is positive."""
+        self._temperature = _positive("SpatialSoftmax", temperature)
+
+    def __call__(self, pair):
+        if not pair.maps:
+            raise ValueError(
+                f"SpatialSoftmax works on maps (N, C, H, W), but '{pair.key}' are rows; use Softmax"
+            )
+
+        def attention(x):
+            return torch.softmax(x.flatten(2) / self._temperature, dim=-1).view_as(x)
+
+        return pair.map(attention)
+
+
+def _positive(name: str, temperature: float) -> float:
+    if not temperature > 0:
+        raise ValueError(f"{name}: temperature must be positive, got {temperature}")
+    return temperature
 
 
 @KD_TRANSFORMS.register()
