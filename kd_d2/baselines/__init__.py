@@ -11,6 +11,7 @@ from .fine_grained import FineGrained
 from .fitnets import FitNets
 from .frs import FRS
 from .gid import GID
+from .head import HEAD
 from .inside_gt import InsideGT
 from .ld import LD
 from .main_region import MainRegion
@@ -30,6 +31,7 @@ __all__ = [
     "FGFI",
     "FRS",
     "GID",
+    "HEAD",
     "LD",
     "MGD",
     "PFI",
