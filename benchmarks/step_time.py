@@ -197,8 +197,9 @@ def measure_peak(file: str, args, distil: bool) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
 
 
-def _plain_teacher(cfg, model) -> Callable:
-    """The teacher's forward in eval mode as Detectron2 runs it, without decoding and NMS."""
+def _plain_teacher(cfg, model):
+    """The teacher's network, and its forward in eval mode as Detectron2 runs it, without decoding
+    and NMS."""
     plain = freeze(build_model(DetectorTeacher.load_config(cfg)))
     if not isinstance(plain, DenseDetector):
         raise ValueError(f"{type(plain).__name__}: only dense detectors can be measured")
@@ -210,7 +211,7 @@ def _plain_teacher(cfg, model) -> Callable:
             features = plain.backbone(images.tensor)
             plain.head([features[f] for f in plain.head_in_features])
 
-    return forward
+    return plain, forward
 
 
 def _needs(model, side: str):
@@ -220,7 +221,7 @@ def _needs(model, side: str):
 def measure_time(file: str, args) -> Dict[str, Any]:
     """Seconds of every part, their ratios, and the size of the teacher's weights."""
     cfg, model, optimizer, batch = _prepared(file, args, distil=True)
-    plain = _plain_teacher(cfg, model)
+    _, teacher_forward = _plain_teacher(cfg, model)
     with EventStorage(0):
         with model.tap.observe(model.student, model._student_needs, check=False) as observation:
             model.student(batch)
@@ -252,7 +253,7 @@ def measure_time(file: str, args) -> Dict[str, Any]:
 
         parts = {
             "student step": lambda: _step(model.student, optimizer, batch),
-            "teacher forward": lambda: plain(batch),
+            "teacher forward": lambda: teacher_forward(batch),
             "teacher as used": teacher,
             "distillers": distillers,
             "mechanism": mechanism,

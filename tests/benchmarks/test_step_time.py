@@ -1,0 +1,143 @@
+"""The benchmark of a step: what it compares, and what it writes."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+
+from kd_d2.engine.main import build_config
+from tests.fixtures import tiny_cfg
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = (
+    *("student step", "teacher forward", "teacher as used"),
+    *("distillers", "mechanism", "KD step"),
+)
+
+
+@pytest.fixture(scope="module")
+def step_time():
+    path = ROOT / "benchmarks" / "step_time.py"
+    spec = importlib.util.spec_from_file_location("step_time", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    teacher, student = tmp_path / "teacher.yaml", tmp_path / "student.yaml"
+    teacher.write_text(tiny_cfg("GFL").dump())
+    values = {
+        "KD.ENABLED": True,
+        "KD.DISTILLERS": ("CrossKD",),
+        "KD.TEACHER.CONFIG_FILE": str(teacher),
+        "KD.TEACHER.ALLOW_UNTRAINED": True,
+        "KD.CROSSKD.POSITION": 1,
+    }
+    student.write_text(tiny_cfg("GFL", **values).dump())
+    return str(student)
+
+
+def test_ratios_are_computed_per_round(step_time):
+    """The second round ran at half the speed: its ratio is that of the first."""
+    first = dict(zip(PARTS, (4.0, 2.0, 1.5, 0.5, 0.1, 6.6)))
+    times = {name: [value, 2 * value, value] for name, value in first.items()}
+    result = step_time.summary(times)
+    assert result["ratio"]["median"] == pytest.approx(1.1)
+    assert result["ratio"]["quartiles"] == pytest.approx([1.1, 1.1])
+    # of the rounds, not of the medians; the plain teacher is no part of the step
+    assert result["seconds"]["rest"]["median"] == pytest.approx(6.6 - 4 - 1.5 - 0.5 - 0.1)
+    assert result["seconds"]["student step"]["quartiles"] == pytest.approx([4, 8])
+    assert result["seconds"]["KD step"]["median"] == 6.6
+
+
+def test_table(step_time):
+    result = {"config": "a/gfl_r18_r50.yaml", **step_time.summary({name: [1.0] for name in PARTS})}
+    with_memory = {**result, "config": "b.yaml", "memory": {"extra": 12.6}}
+    lines = step_time.table([result, with_memory]).splitlines()
+    assert len(lines) == 4 and {line.count("|") for line in lines} == {9}
+    assert lines[2].startswith("| gfl_r18_r50 | 1.000 |")
+    assert lines[2].endswith("| 0.500 (0.500 to 0.500) |  |") and lines[3].endswith("| +13 |")
+
+
+def test_the_four_detectors(step_time):
+    names = []
+    for file in step_time.TABLE:
+        cfg = build_config(file)
+        teacher = step_time.DetectorTeacher.load_config(cfg)
+        names.append(cfg.MODEL.META_ARCHITECTURE)
+        assert teacher.MODEL.META_ARCHITECTURE == names[-1]
+        assert (cfg.MODEL.RESNETS.DEPTH, teacher.MODEL.RESNETS.DEPTH) == (18, 50)
+        assert cfg.KD.DISTILLERS == ("CrossKD",) and cfg.KD.TEACHER.ALLOW_UNTRAINED
+        assert not cfg.MODEL.WEIGHTS and not cfg.KD.TEACHER.WEIGHTS
+    assert sorted(names) == ["ATSS", "FCOS", "GFL", "RetinaNet"]
+
+
+def test_the_plain_teacher_computes_what_the_teacher_computes(step_time, config_file):
+    """Its forward is the denominator: the same weights, nothing of ours, every prediction."""
+    args = step_time.build_parser().parse_args(["--image-size", "64", "96"])
+    cfg, model, _, batch = step_time._prepared(config_file, args, distil=True)
+    plain, forward = step_time._plain_teacher(cfg, model)
+    outputs = []
+    handle = plain.head.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    forward(batch)
+    handle.remove()
+    run = model.teacher.start(batch, (64, 96), ["pred.cls", "pred.box"])
+    for key, levels in zip(("pred.cls", "pred.box"), outputs[0]):
+        for ours, theirs in zip(run[key], levels):
+            assert not theirs.requires_grad
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert all(type(m).__name__ != "FusedNorm" for m in plain.modules())
+    assert any(type(m).__name__ == "FusedNorm" for m in model.teacher.model.modules())
+
+
+def test_a_step_leaves_the_weights_where_they_are(step_time, config_file):
+    args = step_time.build_parser().parse_args(["--image-size", "64", "64"])
+    _, model, optimizer, batch = step_time._prepared(config_file, args, distil=True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with EventStorage(0):
+        step_time._step(model, optimizer, batch)
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_from_the_command_line(step_time, config_file, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "figures.json"
+    arguments = ["--config-file", config_file, "--image-size", "64", "64", "--rounds", "2"]
+    arguments += ["--warmup", "0", "--threads", "1", "--memory-steps", "1", "--clock", "cpu"]
+    arguments += ["--output", str(output), "SEED", "3"]
+    monkeypatch.setattr("sys.argv", ["step_time.py", *arguments])
+    monkeypatch.setattr(step_time, "_in_fresh_process", lambda function, *args: function(*args))
+    threads = torch.get_num_threads()
+    try:
+        step_time.main()
+    finally:
+        torch.set_num_threads(threads)
+    report = json.loads(output.read_text())
+    (result,) = report["results"]
+    assert set(result["seconds"]) == {*PARTS, "rest"}
+    seconds = {name: result["seconds"][name]["median"] for name in PARTS}
+    assert all(value > 0 for value in seconds.values())
+    assert seconds["KD step"] > seconds["student step"] > seconds["mechanism"]
+    assert 0.5 < result["ratio"]["median"] < 5
+    assert set(result["memory"]) == {"student alone", "KD", "extra", "teacher's weights"}
+    assert result["memory"]["teacher's weights"] > 10  # MiB; a ResNet-18 has 43
+    env = report["environment"]
+    assert env["threads"] == 1 and env["torch"] == torch.__version__ and env["clock"] == "cpu"
+    assert env["opts"] == ["SEED", "3"] and env["device"]
+    assert "| student | " in capsys.readouterr().out
+
+
+def test_nothing_to_compare(step_time, config_file, monkeypatch, capsys):
+    for arguments, message in (
+        ([], "--config-file or --table"),
+        (["--config-file", config_file, "KD.ENABLED", "False"], "KD.ENABLED False"),
+    ):
+        monkeypatch.setattr("sys.argv", ["step_time.py", *arguments])
+        with pytest.raises(SystemExit):
+            step_time.main()
+        assert message in capsys.readouterr().err
