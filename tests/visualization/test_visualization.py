@@ -77,3 +77,26 @@ def test_detections_above_the_threshold_are_drawn(tmp_path, score, drawn):
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3).tolist()
     assert any(p == [0, 255, 0] for p in pixels)  # the ground truth is lime
     assert any(p == [255, 255, 0] for p in pixels) == drawn  # detections are yellow
+
+
+@pytest.mark.parametrize("truth_last", [False, True])
+def test_side_of_the_ground_truth(tmp_path, truth_last):
+    found = Instances((40, 60))
+    found.pred_boxes = Boxes(torch.tensor([[5.0, 5.0, 55.0, 35.0]]))
+    found.scores, found.pred_classes = torch.tensor([0.9]), torch.tensor([1])
+    annotation = {"bbox": [10, 10, 20, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    record = {
+        "image": torch.zeros((3, 40, 60), dtype=torch.uint8),
+        "height": 40,
+        "width": 60,
+        "annotations": [annotation],
+    }
+    path = tmp_path / "detections.png"
+    columns = [("a", [found]), ("b", [found])]
+    draw_detections([record], columns, str(path), truth_last=truth_last)
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    lime, yellow = (
+        np.nonzero((pixels == colour).all(axis=2))[1] for colour in ([0, 255, 0], [255, 255, 0])
+    )
+    assert len(lime) and len(yellow)
+    assert (lime.min() > yellow.max()) if truth_last else (lime.max() < yellow.min())

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Detections of teacher, students and ground truth side by side (Fig. 7).
+r"""Detections of teacher, students and ground truth side by side (Fig. 7).
 
     python projects/CrossKD/tools/compare_detections.py --config-file CONFIG --output detections \
         --model student=plain/model_final.pth --model CrossKD=crosskd/model_final.pth \

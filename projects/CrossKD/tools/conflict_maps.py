@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Where the ground truth and the teacher ask the student for different class scores (Fig. 2).
+r"""Where the ground truth and the teacher ask the student for different class scores (Fig. 2).
 
     python projects/CrossKD/tools/conflict_maps.py --config-file CONFIG --weights STUDENT.pth \
         --output conflicts KD.TEACHER.WEIGHTS TEACHER.pth

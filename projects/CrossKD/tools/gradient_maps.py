@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Gradients of CrossKD and of feature imitation at the features of the student's head (Fig. 4).
+r"""Gradients of CrossKD and of feature imitation at the features of the student's head (Fig. 4).
 
     python projects/CrossKD/tools/gradient_maps.py --config-file CONFIG --weights STUDENT.pth \
         --output gradients KD.TEACHER.WEIGHTS TEACHER.pth

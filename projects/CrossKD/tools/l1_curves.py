@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Distances of students to teacher and ground truth in the course of their training (Fig. 5).
+r"""Distances of students to teacher and ground truth in the course of their training (Fig. 5).
 
     python projects/CrossKD/tools/l1_curves.py --config-file CONFIG --output curves \
         --run baseline=output/plain --run mimic=output/mimic --run CrossKD=output/crosskd \
