@@ -1,5 +1,6 @@
 """Quality focal loss, the classification loss of GFL and of CrossKD."""
 
+import math
 from typing import Optional
 
 import torch
@@ -102,11 +103,10 @@ _BLOCK = 2**17
 class _PerRow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, target_logits: Tensor, gamma: float) -> Tensor:
-        classes = max(logits.shape[-1], 1)
-        rows = logits.numel() // classes
-        x, t = logits.reshape(rows, -1), target_logits.reshape(rows, -1)
+        rows, classes = math.prod(logits.shape[:-1]), logits.shape[-1]
+        x, t = logits.reshape(rows, classes), target_logits.reshape(rows, classes)
         # a GPU wants few kernels instead
-        step = max(_BLOCK // classes, 1) if x.device.type == "cpu" else max(rows, 1)
+        step = max(_BLOCK // max(classes, 1), 1) if x.device.type == "cpu" else max(rows, 1)
         needed = ctx.needs_input_grad[0]
         losses = x.new_empty(rows)
         gradient = x.new_empty(x.shape) if needed else None

@@ -159,3 +159,47 @@ class TestAlignment:
     def test_channels_must_agree(self):
         with pytest.raises(ValueError, match="equal channels"):
             align_statistics(torch.zeros(1, 2, 3, 3), torch.zeros(1, 4, 3, 3))
+
+
+class TestAgainstAutograd:
+    """The written-out gradient is that of the formula."""
+
+    @staticmethod
+    def _formula(x, reference, eps=1e-6):
+        std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
+        result = (x - mean) / (std + eps)
+        if reference is None:
+            return result
+        std, mean = torch.std_mean(reference, dim=(0, 2, 3), keepdim=True)
+        return result * std + mean
+
+    @pytest.mark.parametrize("aligned", [True, False])
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_value_and_gradient(self, aligned, memory_format):
+        student, teacher = 3 + 2 * _random(2, 4, 3, 5), _random(1, 4, 2, 3, seed=1) - 7
+        student[:, 1] = 0.3  # a constant channel, whose mean is not a number of the type
+        student = student.contiguous(memory_format=memory_format).requires_grad_()
+        ours = align_statistics(student, teacher) if aligned else standardise(student)
+        theirs = self._formula(student, teacher if aligned else None)
+        torch.testing.assert_close(ours, theirs)
+        constant = teacher[:, 1].mean() if aligned else torch.zeros((), dtype=ours.dtype)
+        torch.testing.assert_close(ours[:, 1], constant.expand_as(ours[:, 1]))
+        # the gradient comes in the other format
+        weights = _random(2, 4, 3, 5, seed=2)
+        if memory_format is torch.contiguous_format:
+            weights = weights.contiguous(memory_format=torch.channels_last)
+        gradients = [torch.autograd.grad((y * weights).sum(), student)[0] for y in (ours, theirs)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+        assert gradients[0].stride() == student.stride()
+
+    def test_finite_differences(self):
+        student = _random(2, 3, 2, 3).double().requires_grad_()
+        assert torch.autograd.gradcheck(standardise, student)
+
+    def test_a_second_derivative_is_an_error_not_a_wrong_number(self):
+        student = _random(1, 2, 2, 2).requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            standardise(student).square().sum(), student, create_graph=True
+        )
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from kd_d2.losses.quality_focal import quality_focal_loss
+from kd_d2.losses import quality_focal
+from kd_d2.losses.quality_focal import quality_focal_loss, quality_focal_loss_per_row
 
 LN3 = math.log(3.0)
 
@@ -96,3 +97,81 @@ def test_user_errors_name_the_values():
         quality_focal_loss(torch.zeros(2), torch.zeros(2), gamma=0.5)
     with pytest.raises(ValueError, match="avg"):
         quality_focal_loss(torch.zeros(2), torch.zeros(2), reduction="avg")
+
+
+class TestPerRow:
+    """The loss of distillation: value and gradient in one go, in blocks."""
+
+    @pytest.fixture(autouse=True, params=[1, 20, 2**17])
+    def block(self, request, monkeypatch):
+        """One row at a time, four rows of five classes (the last block is smaller), all at once."""
+        monkeypatch.setattr(quality_focal, "_BLOCK", request.param)
+
+    @staticmethod
+    def _inputs(dtype=torch.float32, scale=4.0):
+        generator = torch.Generator().manual_seed(0)
+        x, t = scale * torch.randn((2, 3, 7, 5), generator=generator, dtype=torch.float64)
+        x[0, 0], t[0, 1, 0] = t[0, 0], x[0, 1, 0]  # where the gradient has a corner
+        return x.to(dtype).requires_grad_(), t.to(dtype)
+
+    @pytest.mark.parametrize("gamma", [0.0, 1.0, 1.5, 2.0])
+    def test_is_the_sum_of_the_elementwise_loss(self, gamma):
+        x, t = self._inputs()
+        weights = torch.linspace(0, 2, 21).view(3, 7)
+        ours = quality_focal_loss_per_row(x, t, gamma)
+        theirs = quality_focal_loss(x, t.sigmoid(), gamma).sum(dim=-1)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (ours, theirs)]
+        torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+        assert gamma == 0 or torch.equal(gradients[0][0, 0], torch.zeros(5))
+
+    @pytest.mark.parametrize("gamma", [0.0, 1.0, 1.5, 2.0])
+    def test_gradient_against_finite_differences(self, gamma):
+        x, t = self._inputs(torch.float64, scale=2.0)
+        x, t = x[1:].detach().requires_grad_(), t[1:]  # away from the corners
+        assert torch.autograd.gradcheck(lambda x: quality_focal_loss_per_row(x, t, gamma), x)
+
+    def test_backward_may_run_twice(self):
+        x, t = self._inputs()
+        loss = quality_focal_loss_per_row(x, t, 1.0).sum()
+        first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, dtype):
+        x, t = self._inputs(dtype)
+        loss = quality_focal_loss_per_row(x, t, 1.0)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(
+            loss, quality_focal_loss(x, t.float().sigmoid(), 1.0).sum(dim=-1), rtol=1e-6, atol=1e-6
+        )
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        assert gradient.dtype == dtype and torch.isfinite(gradient).all()
+
+    def test_memory_formats_and_extreme_logits(self):
+        x = torch.tensor([-200.0, -50.0, 0.0, 50.0, 200.0]).repeat(5, 1)
+        t = x.t().requires_grad_()  # not contiguous, and a constant all the same
+        x = x.clone().requires_grad_()
+        loss = quality_focal_loss_per_row(x, t, 1.0)
+        torch.testing.assert_close(loss, quality_focal_loss(x, t.sigmoid(), 1.0).sum(dim=-1))
+        loss.sum().backward()
+        assert torch.isfinite(x.grad).all() and t.grad is None
+
+    def test_empty_input_is_connected(self):
+        for shape in ((0, 5), (2, 0, 5), (2, 0)):
+            x = torch.zeros(shape, requires_grad=True)
+            loss = quality_focal_loss_per_row(x, x.detach(), 1.0)
+            assert loss.shape == shape[:-1]
+            loss.sum().backward()
+            assert x.grad.shape == shape
+
+    def test_without_gradients_nothing_is_kept(self):
+        x, t = self._inputs()
+        assert not quality_focal_loss_per_row(x.detach(), t, 1.0).requires_grad
+
+    def test_user_errors(self):
+        x = torch.zeros(2, 3)
+        with pytest.raises(ValueError, match=r"\(2, 3\) and \(3, 2\)"):
+            quality_focal_loss_per_row(x, x.t(), 1.0)
+        with pytest.raises(ValueError, match="0.5"):
+            quality_focal_loss_per_row(x, x, 0.5)
