@@ -34,7 +34,8 @@ def _flatten(node, prefix=""):
 
 
 def _get(cfg, dotted):
-    return functools.reduce(lambda node, key: node[key], dotted.split("."), cfg)
+    """Value of a key; None if there is none such, as below a node that takes any."""
+    return functools.reduce(lambda node, key: (node or {}).get(key), dotted.split("."), cfg)
 
 
 _KEYS = {}
