@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import torch
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 from kd_d2.blocks import Grid, Pair
-from kd_d2.distillation import DistillationContext
+from kd_d2.distillation import DistillationContext, StudentView, build_tap
 
 __all__ = [
     "ToyCodec",
@@ -14,6 +15,7 @@ __all__ = [
     "cell_grid",
     "ground_truth",
     "map_pair",
+    "observed",
     "row_pair",
     "square_anchors",
     "toy_ctx",
@@ -104,3 +106,21 @@ def row_pair(grids, anchors_per_cell, level=None, images=1, channels=2):
     rows = sum(g.height * g.width for g in chosen) * anchors_per_cell
     zeros = torch.zeros(images, rows, channels)
     return Pair(zeros, zeros, False, tuple(grids), level, "pred.cls")
+
+
+def observed(student, batch, needs, teacher=None, teacher_needs=()):
+    """Context after a training forward of a real ``student``, as :class:`KDModel` makes it."""
+    tap = build_tap(student)
+    with EventStorage(0), tap.observe(student, {"path:backbone", *needs}) as observation:
+        student(batch)
+    observation.gt_instances = gt = [x["instances"] for x in batch]
+    padded = tuple(observation.single("backbone").inputs[0].shape[-2:])
+    run = None if teacher is None else teacher.start(batch, padded, teacher_needs, gt)
+    return DistillationContext(
+        batched_inputs=batch,
+        gt_instances=gt,
+        padded_size=padded,
+        student=StudentView(observation),
+        teacher=run,
+        iteration=0,
+    )
