@@ -11,7 +11,15 @@ from kd_d2.blocks import at_anchors
 from kd_d2.distillation import KDModel, build_distillers, build_tap
 from tests.baselines.feature_cases import run_step, terms_of
 from tests.baselines.prediction_cases import check_two_steps, gradients_reach, rows, state_of
-from tests.fixtures import DENSE, teacher_of, tiny_batch, tiny_cfg, tiny_model
+from tests.engine.support import StopAt, teacher_keys, train
+from tests.fixtures import (
+    DENSE,
+    registered_toy_dataset,
+    teacher_of,
+    tiny_batch,
+    tiny_cfg,
+    tiny_model,
+)
 
 TERMS = {"det_cls", "det_box", "fc1", "fc2", "ckd"}
 
@@ -61,6 +69,38 @@ def test_a_checkpoint_wins_over_the_copy(teacher_file):
     again.distillers.load_state_dict(state)
     assert all(torch.equal(v, state[k]) for k, v in again.distillers.state_dict().items())
     assert not torch.equal(state[name], teacher.model.roi_heads.box_head.fc1.weight)
+
+
+def test_a_run_that_is_stopped_and_resumed(tmp_path):
+    """The real trainer: the assistant goes on from the checkpoint, not from the teacher."""
+    teacher = teacher_keys(tmp_path, "GeneralizedRCNN")
+    with registered_toy_dataset(tmp_path, 4) as name:
+
+        def config(folder):
+            changes = {
+                **teacher,
+                "KD.ENABLED": True,
+                "KD.DISTILLERS": ("HEAD",),
+                "DATASETS.TRAIN": (name,),
+                "SOLVER.MAX_ITER": 4,
+                "SOLVER.CHECKPOINT_PERIOD": 2,
+                "OUTPUT_DIR": str(tmp_path / folder),
+            }
+            cfg = tiny_cfg("GFL", **changes)
+            cfg.freeze()
+            return cfg
+
+        whole = train(config("whole"))
+        train(config("parts"), hooks=[StopAt(2)])
+        resumed = train(config("parts"), resume=True)
+    ours = dict(resumed.kd_model.named_parameters())
+    for name, value in whole.kd_model.named_parameters():
+        assert torch.equal(ours[name], value), name
+    start = whole.teacher.state_to_copy()["roi_heads.box_head.fc1.weight"]
+    assert not torch.equal(ours["distillers.head.assistant.box_head.fc1.weight"], start)
+    state = torch.load(tmp_path / "whole" / "model_final.pth", weights_only=True)
+    assert not any("assistant" in name for name in state["model"])
+    assert any("assistant" in name for name in state["distillers"])
 
 
 def _boxes(student, batch, classes=3):

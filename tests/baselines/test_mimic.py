@@ -1,11 +1,14 @@
 """Mimic against loops over single anchors and hand-computed numbers."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.structures import Boxes
 from torch.nn import functional as F
 
+from kd_d2.blocks import GIoU, LogIoU, Pair
 from tests.baselines.feature_cases import kd_model, networks, run_step, terms_of
 from tests.baselines.prediction_cases import check_two_steps, gradients_reach, predictions
 from tests.fixtures import DENSE, teacher_of, tiny_batch, tiny_model
@@ -93,6 +96,25 @@ def test_boxes(arch, loss):
             expected += errors[0] if worse else 0.0
     assert loss != "bounded" or 0 < counted < ours["positive"].sum()
     assert value.item() == pytest.approx(expected / _divisor(ours), rel=2e-4)
+
+
+def test_log_iou_in_the_order_of_the_anchors():
+    """A level by itself is decoded with its own anchors; [0,0,2,2] and [1,1,3,3]: ln 7."""
+
+    class Shift:
+        @staticmethod
+        def apply_deltas(raw, anchors):
+            return anchors + raw
+
+    levels = [Boxes([[0.0, 0, 8, 8]]), Boxes([[0.0, 0, 2, 2]])]
+    ctx = SimpleNamespace(student={"anchors": levels, "codec": Shift})
+    student, teacher = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
+    teacher[0, 1] = 1.0
+    values = LogIoU()(ctx, Pair(student, teacher, False))
+    assert values.shape == (1, 2) and values[0].tolist() == pytest.approx([0.0, math.log(7)])
+    one = Pair(student[:, 1:], teacher[:, 1:], False, level=1)
+    assert LogIoU()(ctx, one).tolist() == [[pytest.approx(math.log(7))]]
+    assert GIoU()(ctx, one).tolist() == [[pytest.approx(1.079365, abs=1e-6)]]
 
 
 def test_distributions_of_gfl():
