@@ -13,6 +13,7 @@ from tests.fixtures import teacher_of, tiny_cfg, tiny_model
 __all__ = [
     "ToyContext",
     "kd_model",
+    "level_keys",
     "neck_keys",
     "networks",
     "run_step",
@@ -105,3 +106,9 @@ class _View(dict):
         super().__init__(values)
         self.model = SimpleNamespace()
         self.tap = SimpleNamespace(anchor_strides=lambda model: [stride])
+
+
+def level_keys(channels: int = 2, stride: int = 8, **others: KeyInfo):
+    """Return the keys of a network with one pyramid level that has anchors (and ``others``)."""
+    level = KeyInfo(channels, (stride,))
+    return {"neck": level, "neck.p3": level, "anchors": KeyInfo(None, (stride,)), **others}
