@@ -33,9 +33,10 @@ def add_ld_config(cfg: CN) -> None:
     """Add ``KD.LD``."""
     cfg.KD.LD = node = CN()
     # "main": distributions of the box sides at positives; "vlr": the same in the valuable
-    # localisation region; "cls": softmax over the classes at positives. The first two need a
-    # detector with distributions (GFL). ("main",) is mmdetection's LD. Besides, "gi": squared
-    # difference of the pyramids at the 10 general instances of every level (widths must agree).
+    # localisation region; "cls": softmax over the classes at positives. The first two need
+    # distributions: GFL, or ATSS and FCOS with MODEL.ATSS.REG_MAX, MODEL.FCOS.REG_MAX. ("main",) is
+    # mmdetection's LD. Besides, "gi": squared difference of the pyramids at the 10 general
+    # instances of every level (widths must agree).
     node.TERMS = ("main", "vlr", "cls")
     # Weights and temperatures; -1: the official value of the detector, see LD_OFFICIAL.
     node.MAIN_WEIGHT = -1.0
@@ -206,7 +207,8 @@ def _check_distributions(terms, student_keys, teacher_keys) -> None:
             raise ValueError(
                 f"KD.LD.TERMS {tuple(terms)}: 'main' and 'vlr' compare distributions over the "
                 f"distance of every box side, but the {side} predicts {box_dim} numbers per box. "
-                "Use GFL on both sides, or KD.LD.TERMS \"('cls',)\""
+                "Use GFL, or ATSS or FCOS with MODEL.ATSS.REG_MAX or MODEL.FCOS.REG_MAX 16, on "
+                "both sides; or KD.LD.TERMS \"('cls',)\""
             )
 
 

@@ -77,6 +77,12 @@ def add_atss_config(cfg: CN) -> None:
     # Factors of (dx, dy, dw, dh), i.e. one over their standard deviations. Official: stds
     # (0.1, 0.1, 0.2, 0.2).
     node.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+    # Above 0: boxes are distributions over distances as in GFL, with so many strides as the largest
+    # (BBOX_REG_WEIGHTS is not used), for localisation distillation; LD has 16. Official: 0, deltas.
+    node.REG_MAX = 0
+    # Weight of the distribution focal loss, with REG_MAX above 0; GFL's value (unverified for
+    # ATSS).
+    node.DFL_LOSS_WEIGHT = 0.25
     # Weight of positives in the focal loss, negatives have 1 - alpha; in [0, 1], negative for no
     # weighting. Official: 0.25.
     node.FOCAL_LOSS_ALPHA = 0.25

@@ -39,6 +39,12 @@ def add_fcos_config(cfg: CN) -> None:
     node.FOCAL_LOSS_GAMMA = 2.0
     # Highest-scoring candidates kept per level before NMS. Both: 1000.
     node.TOPK_CANDIDATES_TEST = 1000
+    # Above 0: boxes are distributions over distances as in GFL, with so many strides as the largest
+    # (NORM_BY_STRIDE is not used), for localisation distillation; LD has 16. Both: 0, distances.
+    node.REG_MAX = 0
+    # Weight of the distribution focal loss, with REG_MAX above 0; GFL's value (unverified for
+    # FCOS).
+    node.DFL_LOSS_WEIGHT = 0.25
 
     # Values of the switches below that are None: "paper", "d2", or "custom" (none may be None).
     node.PRESET = "paper"

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from kd_d2.baselines.ld import LD_OFFICIAL
 from kd_d2.distillation import KDModel, build_distillers, build_tap
+from kd_d2.modeling.layers import valid_anchor_mask
+from tests.baselines.prediction_cases import check_two_steps
 from tests.fixtures import DENSE, teacher_of, tiny_batch, tiny_cfg, tiny_model
 
 ALL = ("main", "vlr", "cls")
@@ -157,6 +159,49 @@ def test_classes_alone_follow_the_formula(arch):
             expected += _kl(t[mask], s[mask], tau).mean()
     assert expected > 0
     assert losses["cls"].item() == pytest.approx(10 * expected.item(), rel=1e-4)
+
+
+# official factors and divisors of the detectors: main / 4, valuable region / divisor
+DISTRIBUTIONS = {"ATSS": (0.25, 0.25 * 0.15 / 4, 8.0), "FCOS": (0.25, 0.25 * 0.25 / 4, 1.0)}
+
+
+@pytest.mark.parametrize("arch", DISTRIBUTIONS)
+def test_distribution_heads_of_atss_and_fcos(arch):
+    """FCOS: squares of 8 strides stand for its points, and the student's score is the weight."""
+    bins = {f"MODEL.{arch}.REG_MAX": 16}
+    student, teacher = tiny_model(arch, 0, **bins), teacher_of(tiny_model(arch, 1, **bins))
+    batch = tiny_batch()
+    losses = _losses(_model(student, teacher, arch), batch)
+    assert set(losses) == set(ALL)
+    features, (logits, boxes, *_) = _raw(student, batch)
+    _, (_, t_boxes, *_) = _raw(teacher.model, batch)
+    anchors = student.anchor_generator(features)
+    labels, _ = student.label_anchors(anchors, [x["instances"] for x in batch])
+    labels = torch.stack(labels)
+    s_box, t_box = (torch.cat(_rows(x, 68), 1).view(2, -1, 4, 17) for x in (boxes, t_boxes))
+    side = _kl(t_box, s_box, 10.0).sum(dim=2)
+    quality = torch.cat(_rows(logits, 3), 1).sigmoid().amax(2)
+    positive = (labels >= 0) & (labels < 3)
+    main, vlr, scale = DISTRIBUTIONS[arch]
+    expected = main * (quality * side)[positive].sum() / 4
+    assert losses["main"].item() == pytest.approx(expected.item(), rel=1e-4)
+    grown = [
+        Boxes(torch.cat([c - 4 * w, c + 4 * w], 1))
+        for c, w in (
+            (a.get_centers(), (a.tensor[:, 2:] - a.tensor[:, :2]) / scale) for a in anchors
+        )
+    ]
+    expected = 0.0
+    for n, x in enumerate(batch):
+        cells = valid_anchor_mask(
+            anchors, [8, 16, 32, 64, 128], x["image"].shape[-2:], 32, 0.5 if arch == "FCOS" else 0.0
+        )
+        weights = naive_vlr(grown, x["instances"].gt_boxes.tensor, cells.tolist())
+        assert (weights > 0).sum() > 5
+        if arch == "FCOS":
+            weights = (weights > 0) * quality[n]
+        expected += vlr * (weights * side[n]).sum()
+    assert losses["vlr"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_oracles():
@@ -314,23 +359,16 @@ def test_official_values(arch):
     assert model.distillers["ld"].weights["cls"] == 3.0
 
 
-def test_two_steps_change_the_student_only():
-    student, teacher = _pair()
-    model = _model(student, teacher).train()
-    before = {k: v.clone() for k, v in teacher.model.state_dict().items()}
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    for _ in range(2):
-        optimizer.zero_grad()
-        with EventStorage(0):
-            sum(model(tiny_batch()).values()).backward()
-        optimizer.step()
-    assert all(torch.equal(before[k], v) for k, v in teacher.model.state_dict().items())
-    assert all(p.isfinite().all() for p in student.parameters())
+@pytest.mark.parametrize("arch", DENSE)
+def test_two_steps(arch):
+    student, teacher = _pair(arch)
+    model = _model(student, teacher, arch, TERMS=TERMS[arch] + ("gi",))
+    check_two_steps(model, teacher, tiny_batch(num_gt=(3, 0)))
 
 
 @pytest.mark.parametrize("arch", ["ATSS", "FCOS", "RetinaNet"])
 def test_detectors_without_distributions(arch):
-    with pytest.raises(ValueError, match=r"KD.LD.TERMS.*student predicts 4 numbers.*\('cls',\)"):
+    with pytest.raises(ValueError, match=r"KD.LD.TERMS.*student predicts 4 numbers.*REG_MAX 16"):
         _model(*_pair(arch), arch)
 
 

@@ -5,6 +5,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from kd_d2.losses.distribution import distribution_focal_loss
+
 __all__ = ["DistributionBox2BoxTransform"]
 
 
@@ -91,6 +93,20 @@ class DistributionBox2BoxTransform:
         right_bottom = target_boxes[:, 2:] - centers
         distances = torch.cat((left_top, right_bottom), dim=1) / strides
         return distances if max_distance is None else distances.clamp(0, max_distance)
+
+    def focal_loss(self, deltas: Tensor, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
+        """Distribution focal loss, mean over the four sides.
+
+        Args:
+            deltas: (R, 4 * (n + 1)) logits.
+            src_boxes, target_boxes: (R, 4).
+
+        Returns:
+            (R,) fp32.
+        """
+        # A target on the last bin would have no right neighbour.
+        targets = self.get_deltas(src_boxes, target_boxes, max_distance=self.reg_max - 0.1)
+        return distribution_focal_loss(self.side_logits(deltas), targets).mean(dim=1)
 
     def _centers_and_strides(self, boxes: Tensor):
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2

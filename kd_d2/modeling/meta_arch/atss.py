@@ -12,7 +12,7 @@ from fvcore.nn import giou_loss, sigmoid_focal_loss
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layers import apply_score_factor, centerness, reduce_mean
+from ..layers import DistributionBox2BoxTransform, apply_score_factor, centerness, reduce_mean
 from .atss_detector import ATSSAssignedDetector
 from .dense_head import DenseHead
 
@@ -42,6 +42,7 @@ class ATSS(ATSSAssignedDetector):
         cls_loss_weight: float = 1.0,
         giou_loss_weight: float = 2.0,
         ctr_loss_weight: float = 1.0,
+        dfl_loss_weight: float = 0.25,
         **kwargs,
     ):
         """
@@ -51,7 +52,9 @@ class ATSS(ATSSAssignedDetector):
             cls_loss_weight: of the focal loss.
             giou_loss_weight: of the GIoU loss.
             ctr_loss_weight: of the cross-entropy of the centerness.
-            kwargs: see :class:`ATSSAssignedDetector`; ``box2box_transform`` takes four deltas.
+            dfl_loss_weight: of the distribution focal loss, if boxes are distributions.
+            kwargs: see :class:`ATSSAssignedDetector`; ``box2box_transform`` takes four deltas, or
+                is a :class:`DistributionBox2BoxTransform`.
         """
         super().__init__(**kwargs)
         self.focal_loss_alpha = focal_loss_alpha
@@ -59,6 +62,7 @@ class ATSS(ATSSAssignedDetector):
         self.cls_loss_weight = cls_loss_weight
         self.giou_loss_weight = giou_loss_weight
         self.ctr_loss_weight = ctr_loss_weight
+        self.dfl_loss_weight = dfl_loss_weight
 
     @classmethod
     def from_config(cls, cfg):
@@ -70,18 +74,24 @@ class ATSS(ATSSAssignedDetector):
             )
         args = cls.common_arguments(cfg, node)
         shapes = args["backbone"].output_shape()
+        if node.REG_MAX:
+            coder = DistributionBox2BoxTransform(node.REG_MAX, node.ANCHOR_SCALE)
+        else:
+            coder = _DeltaTransform(weights=tuple(node.BBOX_REG_WEIGHTS))
         args.update(
             head=DenseHead(
                 node,
                 input_shape=[shapes[name] for name in node.IN_FEATURES],
+                box_dim=coder.box_dim,
                 centerness_on="reg",
             ),
-            box2box_transform=_DeltaTransform(weights=tuple(node.BBOX_REG_WEIGHTS)),
+            box2box_transform=coder,
             focal_loss_alpha=node.FOCAL_LOSS_ALPHA,
             focal_loss_gamma=node.FOCAL_LOSS_GAMMA,
             cls_loss_weight=node.CLS_LOSS_WEIGHT,
             giou_loss_weight=node.GIOU_LOSS_WEIGHT,
             ctr_loss_weight=node.CTR_LOSS_WEIGHT,
+            dfl_loss_weight=node.DFL_LOSS_WEIGHT,
         )
         return args
 
@@ -103,12 +113,13 @@ class ATSS(ATSSAssignedDetector):
 
         Args:
             anchors: per level (Ri, 4).
-            pred_logits, pred_deltas, pred_centerness: per level (N, Ri, K), (N, Ri, 4) and
+            pred_logits, pred_deltas, pred_centerness: per level (N, Ri, K), (N, Ri, box_dim) and
                 (N, Ri, 1).
             gt_labels, gt_boxes: per image (R,) and (R, 4), see :meth:`label_anchors`.
 
         Returns:
-            Scalars "loss_atss_cls", "loss_atss_box" and "loss_atss_ctr".
+            Scalars "loss_atss_cls", "loss_atss_box" and "loss_atss_ctr"; if boxes are
+            distributions "loss_atss_dfl", averaged over the sides and weighted like the box loss.
         """
         labels, boxes = torch.stack(gt_labels), torch.stack(gt_boxes)
         valid = labels >= 0
@@ -140,6 +151,11 @@ class ATSS(ATSSAssignedDetector):
                 "loss_atss_box": self.giou_loss_weight * (loss_box * ctr_targets).sum() / ctr_sum,
                 "loss_atss_ctr": self.ctr_loss_weight * loss_ctr / num_positive,
             }
+            if self.box2box_transform.box_dim > 4:
+                loss_dfl = self.box2box_transform.focal_loss(deltas, priors, targets)
+                losses["loss_atss_dfl"] = (
+                    self.dfl_loss_weight * (loss_dfl * ctr_targets).sum() / ctr_sum
+                )
 
         storage = get_event_storage()
         num_local = len(ctr_targets)

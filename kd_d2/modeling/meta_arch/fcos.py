@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from kd_d2.losses.box import iou_log_loss
 
-from ..layers import apply_score_factor, centerness, reduce_mean
+from ..layers import DistributionBox2BoxTransform, apply_score_factor, centerness, reduce_mean
 from .dense_head import DenseHead
 
 __all__ = ["FCOS", "FCOS_PRESETS", "PointBox2BoxTransform", "fcos_switches"]
@@ -152,6 +152,12 @@ class PointBox2BoxTransform:
         return torch.cat([points - distances[:, :2], points + distances[:, 2:]], dim=1)
 
 
+def _coder(reg_max: int, norm_by_stride: bool):
+    if reg_max:
+        return DistributionBox2BoxTransform(reg_max, anchor_scale=1.0)
+    return PointBox2BoxTransform(norm_by_stride)
+
+
 @META_ARCH_REGISTRY.register()
 class FCOS(DenseDetector):
     """FCOS (Tian et al., ICCV 2019) with the variants between the paper and Detectron2.
@@ -177,6 +183,8 @@ class FCOS(DenseDetector):
         score_mode: str = "mul",
         focal_loss_alpha: float = 0.25,
         focal_loss_gamma: float = 2.0,
+        reg_max: int = 0,
+        dfl_loss_weight: float = 0.25,
         test_score_thresh: float = 0.05,
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.5,
@@ -189,7 +197,8 @@ class FCOS(DenseDetector):
         Args:
             backbone: its outputs include ``head_in_features``.
             head: maps a list of levels to lists of raw predictions: logits (N, K, Hi, Wi),
-                distances (N, 4, Hi, Wi) and, unless it has none, centerness (N, 1, Hi, Wi).
+                distances (N, 4, Hi, Wi), or distributions (N, 4 * (n + 1), Hi, Wi), and, unless it
+                has none, centerness (N, 1, Hi, Wi).
             head_in_features: names of the levels, finest first.
             num_classes: K.
             norm_by_stride: how distances are expressed, see :class:`PointBox2BoxTransform`.
@@ -200,6 +209,8 @@ class FCOS(DenseDetector):
             normalizer: "count" or "ema"; see ``MODEL.FCOS.NORMALIZER``.
             score_mode: "mul" or "sqrt"; see ``MODEL.FCOS.SCORE_MODE``.
             focal_loss_alpha, focal_loss_gamma: of the classification loss.
+            reg_max: n, largest distance in strides if boxes are distributions; 0: they are not.
+            dfl_loss_weight: of the distribution focal loss, with ``reg_max``.
             test_score_thresh: candidates need a score above this.
             test_topk_candidates: kept per level before NMS.
             test_nms_thresh: IoU above which the weaker of two detections of a class is dropped.
@@ -220,7 +231,8 @@ class FCOS(DenseDetector):
             strides=strides,
             offset=0.5,
         )
-        self.box2box_transform = PointBox2BoxTransform(norm_by_stride)
+        self.box2box_transform = _coder(reg_max, norm_by_stride)
+        self.dfl_loss_weight = dfl_loss_weight
         self.center_radius = float(center_radius)
         self.matcher = matcher
         self.box_loss = box_loss
@@ -250,6 +262,7 @@ class FCOS(DenseDetector):
         head = DenseHead(
             input_shape=[shapes[name] for name in node.IN_FEATURES],
             num_classes=node.NUM_CLASSES,
+            box_dim=_coder(node.REG_MAX, switches["NORM_BY_STRIDE"]).box_dim,
             num_convs=node.NUM_CONVS,
             conv_dim=node.CONV_DIM,
             norm=node.NORM,
@@ -272,6 +285,8 @@ class FCOS(DenseDetector):
             "score_mode": switches["SCORE_MODE"],
             "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "reg_max": node.REG_MAX,
+            "dfl_loss_weight": node.DFL_LOSS_WEIGHT,
             "test_score_thresh": switches["SCORE_THRESH_TEST"],
             "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": switches["NMS_THRESH_TEST"],
@@ -376,15 +391,17 @@ class FCOS(DenseDetector):
 
         Args:
             anchors: per level (Ri, 4).
-            predictions: per output and level (N, Ri, K), (N, Ri, 4) and maybe (N, Ri, 1), raw.
+            predictions: per output and level (N, Ri, K), (N, Ri, box_dim) and maybe (N, Ri, 1),
+                raw.
             gt_labels: per image (R,), K for background.
             gt_boxes: per image (R, 4).
 
         Returns:
             ``loss_fcos_cls`` and, with centerness, ``loss_fcos_ctr``, divided by the normaliser
             (``MODEL.FCOS.NORMALIZER``); ``loss_fcos_loc``, divided by it or by the sum of its
-            weights, averaged over ranks (``CTR_WEIGHTED_BOX``). All fp32; without positives the
-            latter two are 0.
+            weights, averaged over ranks (``CTR_WEIGHTED_BOX``); if boxes are distributions
+            ``loss_fcos_dfl``, mean over the sides, weighted and divided like that one. All fp32;
+            without positives all but the first are 0.
         """
         with torch.autocast(anchors[0].device.type, enabled=False):
             logits, deltas, *ctr = [torch.cat(levels, dim=1).float() for levels in predictions]
@@ -407,15 +424,20 @@ class FCOS(DenseDetector):
             pos_anchors = all_anchors.expand(num_images, -1, -1)[positive]
             pos_boxes = boxes[positive]
             ctr_targets = centerness(self.box2box_transform.get_deltas(pos_anchors, pos_boxes))
+            pos_deltas = deltas[positive]
             box_losses = self._box_losses(
-                self.box2box_transform.apply_deltas(deltas[positive], pos_anchors), pos_boxes
+                self.box2box_transform.apply_deltas(pos_deltas, pos_anchors), pos_boxes
             )
+            weights, total = torch.ones_like(ctr_targets), normalizer
             if self.ctr_weighted_box:
-                total = reduce_mean(ctr_targets.sum()).clamp(min=1e-6)
-                loss_loc = (box_losses * ctr_targets).sum() / total
-            else:
-                loss_loc = box_losses.sum() / normalizer
-            losses = {"loss_fcos_cls": loss_cls / normalizer, "loss_fcos_loc": loss_loc}
+                weights, total = ctr_targets, reduce_mean(ctr_targets.sum()).clamp(min=1e-6)
+            losses = {
+                "loss_fcos_cls": loss_cls / normalizer,
+                "loss_fcos_loc": (box_losses * weights).sum() / total,
+            }
+            if self.box2box_transform.box_dim > 4:
+                dfl = self.box2box_transform.focal_loss(pos_deltas, pos_anchors, pos_boxes)
+                losses["loss_fcos_dfl"] = self.dfl_loss_weight * (dfl * weights).sum() / total
             if ctr:
                 loss_ctr = F.binary_cross_entropy_with_logits(
                     ctr[0].squeeze(2)[positive], ctr_targets, reduction="sum"

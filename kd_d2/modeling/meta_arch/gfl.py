@@ -10,7 +10,6 @@ from detectron2.utils.events import get_event_storage
 from fvcore.nn import giou_loss
 from torch import Tensor
 
-from kd_d2.losses.distribution import distribution_focal_loss
 from kd_d2.losses.quality_focal import quality_focal_loss
 
 from ..layers import DistributionBox2BoxTransform, paired_iou, reduce_mean
@@ -126,11 +125,7 @@ class GFL(ATSSAssignedDetector):
 
             loss_cls = quality_focal_loss(logits, quality, self.qfl_beta).sum(dim=2)
             loss_box = giou_loss(decoded, targets)
-            loss_dfl = distribution_focal_loss(
-                coder.side_logits(deltas),
-                # A target on the last bin would have no right neighbour.
-                coder.get_deltas(priors, targets, max_distance=coder.reg_max - 0.1),
-            ).mean(dim=1)
+            loss_dfl = coder.focal_loss(deltas, priors, targets)
             losses = {
                 "loss_gfl_cls": self.cls_loss_weight * (loss_cls * valid).sum() / num_positive,
                 "loss_gfl_box": self.giou_loss_weight * (loss_box * weights).sum() / weight_sum,
