@@ -26,7 +26,7 @@ def fuse_norms(model: nn.Module) -> int:
     """
     convs = [m for m in model.modules() if type(m).forward is Conv2d.forward and _fits(m.norm)]
     for conv in convs:
-        conv.norm = FusedNorm(conv)
+        conv.norm = FusedNorm(conv).eval()
     return len(convs)
 
 

@@ -152,6 +152,8 @@ def test_a_teacher_is_fused_and_detects_the_same(tmp_path, caplog):
     teacher, plain = _built(tmp_path, caplog)
     assert any("20 batch norms" in message for message in caplog.messages)
     assert any(isinstance(module, FusedNorm) for module in teacher.model.modules())
+    assert not any(module.training for module in teacher.model.modules())
+    assert not any(p.requires_grad for p in teacher.model.parameters())
     weight = teacher.model.head.cls_score.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     state = teacher.state_to_copy()
