@@ -1,6 +1,7 @@
 """Conversion of foreign checkpoints: features of both sides agree, names come back."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from torch import nn
 
 from kd_d2.config import get_cfg
+from kd_d2.engine.main import build_config
 from kd_d2.modeling.backbone import MobileNetV2, Swin
 from kd_d2.modeling.convert import (
     RETINANET_ANCHOR_ORDER,
@@ -223,6 +225,28 @@ def to_mmdetection(state, kind, old_names=False):
     return result
 
 
+def swin_to_mmdetection(state):
+    """The same for a Swin Transformer; merging layers in the order of an unfold."""
+    result = {}
+    for key, value in state.items():
+        new = key.replace("layers.", "stages.").replace(
+            "patch_embed.proj", "patch_embed.projection"
+        )
+        new = new.replace("attn.", "attn.w_msa.")
+        new = new.replace("mlp.fc1", "ffn.layers.0.0").replace("mlp.fc2", "ffn.layers.1")
+        if "downsample" in key:
+            # unfold order of an input of C channels: c * 4 + (2 * row + column)
+            channels = value.shape[-1] // 4
+            index = []
+            for c in range(channels):
+                for row in range(2):
+                    for column in range(2):
+                        index.append((row + 2 * column) * channels + c)
+            value = value[..., index]
+        result["backbone." + new] = value
+    return result
+
+
 @pytest.mark.parametrize("kind", ["RetinaNet", "GFL", "ATSS", "FCOS"])
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
 def test_names_come_back(kind, norm):
@@ -317,22 +341,7 @@ def test_mmdetection_swin():
     state = ours.state_dict()
     source = to_mmdetection(build_model(detector_cfg("RetinaNet")).state_dict(), "RetinaNet")
     source = {k: v for k, v in source.items() if not k.startswith("backbone.")}
-    for key, value in state.items():
-        new = key.replace("layers.", "stages.").replace(
-            "patch_embed.proj", "patch_embed.projection"
-        )
-        new = new.replace("attn.", "attn.w_msa.")
-        new = new.replace("mlp.fc1", "ffn.layers.0.0").replace("mlp.fc2", "ffn.layers.1")
-        if "downsample" in key:
-            # unfold order of an input of C channels: c * 4 + (2 * row + column)
-            channels = value.shape[-1] // 4
-            index = []
-            for c in range(channels):
-                for row in range(2):
-                    for column in range(2):
-                        index.append((row + 2 * column) * channels + c)
-            value = value[..., index]
-        source["backbone." + new] = value
+    source.update(swin_to_mmdetection(state))
     result = convert_mmdetection(source)
     assert result.source == "mmdetection RetinaNet with Swin Transformer" and not result.unused
     for key, value in state.items():
@@ -351,6 +360,46 @@ def test_mmdetection_swin():
         expected = columns @ their_weight.t()
         actual = merge(x.flatten(2).transpose(1, 2), 6, 8)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+# widths and depths do not change the names
+SMALL = [
+    *("MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "64", "MODEL.RESNETS.DEPTH", "50"),
+    *("MODEL.SWIN.EMBED_DIM", "12", "MODEL.SWIN.NUM_HEADS", "(1, 2, 3, 4)"),
+]
+
+
+@pytest.mark.parametrize(
+    "name, old_names",
+    [
+        ("teachers/retinanet_r50_1x", False),
+        ("teachers/retinanet_swin_t_1x", False),
+        ("teachers/gfl_r50_1x", False),
+        ("teachers/atss_r101_1x", False),
+        ("teachers/fcos_r101_caffe_ms2x", False),
+        ("teachers/fcos_r101_caffe_ms2x", True),
+    ],
+)
+def test_teachers_of_the_recipes(name, old_names):
+    """mmdetection's names of these networks give every key of the shipped configs' models."""
+    cfg = build_config(str(CONFIGS / f"{name}.yaml"), SMALL)
+    model = build_model(cfg)
+    state = randomised(model).state_dict()
+    bottom_up = "backbone.bottom_up."
+    own = {k[len(bottom_up) :]: v for k, v in state.items() if k.startswith(bottom_up)}
+    rest = {k: v for k, v in state.items() if not k.startswith(bottom_up)}
+    if any(key.startswith("patch_embed.") for key in own):
+        source = swin_to_mmdetection(own)
+    else:
+        source, rest = {}, state
+    source.update(to_mmdetection(rest, cfg.MODEL.META_ARCHITECTURE, old_names))
+    source = {"state_dict": source, "meta": {"epoch": 12}}
+    result = fill_from_model(convert_mmdetection(unwrap_state_dict(source)), state)
+    assert not result.unused and not result.filled
+    assert compare_with_model(result, state).fits
+    for key, value in state.items():
+        assert torch.equal(result.state_dict[key], value), key
 
 
 def test_foreign_detectors_are_refused():
