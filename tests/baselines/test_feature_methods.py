@@ -11,8 +11,9 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
+from kd_d2.baselines import CWD, FGD, SKD, FitNets
 from kd_d2.distillation import DISTILLER_REGISTRY, KDModel
-from tests.baselines.feature_cases import kd_model, networks, run_step
+from tests.baselines.feature_cases import ToyContext, kd_model, level_keys, networks, run_step
 from tests.fixtures import DENSE, teacher_of, tiny_batch, tiny_model
 
 DETECTORS = (*DENSE, "GeneralizedRCNN")
@@ -227,3 +228,29 @@ def test_widths_that_differ():
 def test_facts_are_given(label):
     info = DISTILLER_REGISTRY.get(METHODS[label][0]).info
     assert info.title and info.paper and info.compares and info.requires and info.gains
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_maps_without_autocast(dtype):
+    """Large half-precision features: squares beyond 65504 stay finite in fp32."""
+    torch.manual_seed(0)
+    maps = [300 * torch.randn(2, 2, 4, 4), 300 * torch.randn(2, 2, 4, 4)]
+    keys = level_keys()
+    cases = {
+        FitNets: {"adapter": "none"},
+        SKD: {},
+        FGD: {},
+        CWD: {"location": "neck"},
+    }
+    for cls, options in cases.items():
+        distiller = cls(student_keys=keys, teacher_keys=keys, **options)
+        values = {}
+        for precision in (torch.float32, dtype):
+            # both runs see the rounded values
+            student, teacher = (x.to(dtype).to(precision).requires_grad_() for x in maps)
+            ctx = ToyContext({"neck": [student]}, {"neck": [teacher]}, [[(0, 0, 16, 16)], ()])
+            values[precision] = distiller(ctx)
+            sum(values[precision].values()).backward()
+            assert torch.isfinite(student.grad).all() and teacher.grad is None, cls
+        for term, value in values[dtype].items():
+            torch.testing.assert_close(value, values[torch.float32][term])

@@ -76,7 +76,7 @@ def test_variant_fpn_compares_the_levels_with_anchors(arch, strides):
     """P3-P7 and P2-P6, 590 080 parameters a level at 256 channels."""
     distiller = kd_model("FGFI", *networks(arch), arch, VARIANT="fpn").distillers["fgfi"]
     term = distiller.pair_terms["feat"]
-    assert term.source._strides == strides and distiller.weights == {"feat": 3.0}
+    assert term.source.strides == strides and distiller.weights == {"feat": 3.0}
     keys = level_keys(256)
     wide = FGFI(student_keys=keys, teacher_keys=keys, variant="fpn")
     assert sum(p.numel() for p in wide.parameters()) == 590_080
