@@ -137,3 +137,17 @@ def test_sides_of_heterogeneous_pairs():
         model = KDTrainer.build_model(_config(row))
         assert type(model.student.backbone.bottom_up).__name__ == student
         assert type(model.teacher.model.backbone.bottom_up).__name__ == teacher
+
+
+@pytest.mark.parametrize(
+    "opts, teacher_opts, message",
+    [
+        ((), ("MODEL.GFL.NUM_CONVS", "3"), r"\(NUM_CONVS\) is 4 in the student and 3 in the"),
+        ((), ("MODEL.GFL.NUM_CLASSES", "20"), r"\(NUM_CLASSES\) is 80 in the student and 20 in"),
+        (("KD.CROSSKD.POSITION", "6"), (), r"KD.CROSSKD.POSITION .* 0\.\.5 .*got 6"),
+        (("KD.CROSSKD.NORMALIZER", "ema"), (), 'KD.CROSSKD.NORMALIZER is "ema", but the student'),
+    ],
+)
+def test_mistakes_stop_the_trainer_while_it_is_built(opts, teacher_opts, message):
+    with pytest.raises(ValueError, match=message):
+        KDTrainer.build_model(_config("gfl_r18_r50_1x", opts, teacher_opts))
