@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Measure how strongly distillation pulls at the student, and suggest weights.
 
-    python tools/calibrate_kd.py --config-file configs/x.yaml --iterations 50 --target-ratio 1.0 \\
-        MODEL.DEVICE cpu
+    python tools/calibrate_kd.py --config-file configs/x.yaml --warmup 200 --iterations 50 \\
+        --target-ratio 1.0 MODEL.DEVICE cpu
 
 Runs training iterations on the config's data without changing a weight (or with --train), and
 prints for every term the norm of its gradient at the pyramid and at the student's parameters,
@@ -10,8 +10,9 @@ divided by that of the detection losses of the same iteration. The suggested wei
 mean ratio at the pyramid to the target. Runs in one process, in fp32, without the schedules of the
 distillers; nothing is written.
 
-A ratio that is right at the beginning of training is not right for ever: measure again with the
-weights of a trained student (MODEL.WEIGHTS), or log KD.GRAD_RATIO_PERIOD during training.
+Ratios are far too large while the student's head is at its random initialisation, and change all
+through training. Train on before measuring (--warmup), give the weights of a trained student
+(MODEL.WEIGHTS), and log KD.GRAD_RATIO_PERIOD during training.
 """
 
 import argparse
@@ -29,8 +30,9 @@ from tqdm import tqdm
 from kd_d2.engine.calibration import (
     Pull,
     Spread,
-    build_for_calibration,
+    build_run,
     measure,
+    train,
     training_update,
     warnings_of,
 )
@@ -46,6 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config-file", required=True, metavar="YAML", help="with KD.ENABLED True")
     parser.add_argument("--iterations", type=int, default=50, help="default: %(default)s")
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train for N iterations before, as the config says (default: %(default)s)",
+    )
     parser.add_argument(
         "--target-ratio",
         type=float,
@@ -75,34 +84,49 @@ def calibrate(args: argparse.Namespace) -> Dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: config, data, weights or arguments are wrong.
     """
-    if not args.target_ratio > 0 or args.iterations < 1:
+    if not args.target_ratio > 0 or args.iterations < 1 or args.warmup < 0:
         raise ValueError(
-            f"--target-ratio must be positive and --iterations at least 1, got "
-            f"{args.target_ratio} and {args.iterations}"
+            "--target-ratio must be positive, --iterations at least 1 and --warmup not negative, "
+            f"got {args.target_ratio}, {args.iterations} and {args.warmup}"
         )
     cfg = check(args)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED)
-    cfg, model, loader = build_for_calibration(cfg)
+    cfg, model, batches, random_head = build_run(cfg)
+    update = training_update(cfg, model) if args.train or args.warmup else None
+    if args.warmup:
+        train(model, batches, args.warmup, update, progress=_bar("warming up", args.warmup))
     pulls = measure(
         model,
-        loader,
+        batches,
         args.iterations,
-        update=training_update(cfg, model) if args.train else None,
-        progress=lambda it: tqdm(it, total=args.iterations, desc="calibrating", unit="iteration"),
+        update=update if args.train else None,
+        progress=_bar("calibrating", args.iterations),
     )
+    notes = warnings_of(pulls)
+    if random_head and not args.warmup:
+        notes.append(
+            "the student's head is at its random initialisation, where the detector's own gradient "
+            "is small: ratios are too large and suggested weights too small; use --warmup, or "
+            "MODEL.WEIGHTS of a trained student"
+        )
     return {
         "config": args.config_file,
         "overrides": list(args.opts),
         "iterations": args.iterations,
         "images per iteration": cfg.SOLVER.IMS_PER_BATCH,
+        "warmup": args.warmup,
         "trained": args.train,
         "device": str(torch.device(cfg.MODEL.DEVICE)),
         "torch": torch.__version__,
         "target ratio": args.target_ratio,
         "pulls": pulls,
         "suggestions": suggest(cfg, model, pulls, args.target_ratio),
-        "warnings": warnings_of(pulls),
+        "warnings": notes,
     }
+
+
+def _bar(title: str, total: int):
+    return lambda steps: tqdm(steps, total=total, desc=title, unit="iteration")
 
 
 def as_json(result: Dict[str, Any]) -> str:
@@ -124,6 +148,7 @@ def as_text(result: Dict[str, Any], markdown: bool = False) -> str:
     detection = pulls[-1]
     rows = [_row(pull) for pull in pulls[:-1]]
     how = "trained on" if result["trained"] else "without changing a weight"
+    how += f", after {result['warmup']} of training" if result["warmup"] else ""
     lines = [
         f"{result['iterations']} iterations of {result['images per iteration']} images, {how}. "
         "Ratios are gradient norms divided by those of the detection losses, mean ± standard "

@@ -9,7 +9,18 @@ import itertools
 import math
 import statistics
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from detectron2.config import CfgNode
@@ -23,10 +34,12 @@ from .trainer import KDTrainer, check_classes
 
 __all__ = [
     "Pull",
+    "Run",
     "Spread",
-    "build_for_calibration",
+    "build_run",
     "measure",
     "step_gradients",
+    "train",
     "training_update",
     "warnings_of",
 ]
@@ -90,12 +103,25 @@ class Pull:
     ratios: Dict[str, Spread]
 
 
-def build_for_calibration(
-    cfg: CfgNode,
-) -> Tuple[CfgNode, KDModel, Iterable[List[Dict[str, Any]]]]:
-    """Return config, model and training data of a run of one process before its first step.
+class Run(NamedTuple):
+    """A training run of one process before its first step.
 
-    Nothing is written. ``MODEL.WEIGHTS`` and ``KD.INIT_STUDENT`` are applied.
+    Attributes:
+        cfg, model: as they are trained.
+        batches: endless training data.
+        random_head: most of what the student has behind its backbone was not loaded. Last layers
+            start near 0, so the detector's own gradient at the pyramid is far below what it is
+            after some iterations, and ratios are far too large.
+    """
+
+    cfg: CfgNode
+    model: KDModel
+    batches: Iterator[List[Dict[str, Any]]]
+    random_head: bool
+
+
+def build_run(cfg: CfgNode) -> Run:
+    """Build and load what ``cfg`` trains; nothing is written.
 
     Raises:
         ValueError: KD is off, or whatever stops training: see :class:`KDTrainer`.
@@ -106,15 +132,38 @@ def build_for_calibration(
     model = KDTrainer.build_model(cfg)
     loader = KDTrainer.build_train_loader(cfg)
     check_classes(cfg, model.student, model.teacher)
+    head = {
+        name: parameter
+        for name, parameter in model.student.named_parameters()
+        if not name.startswith("backbone.")
+    }
+    before = {name: parameter.detach().clone() for name, parameter in head.items()}
     checkpointer = KDCheckpointer(model.student, allow_unsafe=cfg.KD.ALLOW_UNSAFE_LOAD)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
     inherited = cfg.KD.INIT_STUDENT
     if inherited.PREFIXES and model.teacher is not None:
         copy_from_teacher(model.student, model.teacher.state_to_copy(), inherited.PREFIXES)
+    untouched = sum(p.numel() for name, p in head.items() if torch.equal(p, before[name]))
     model.train()
     if inherited.FREEZE:
         FrozenStatistics(model.student, inherited.PREFIXES).before_step()
-    return cfg, model, loader
+    random_head = untouched > sum(p.numel() for p in head.values()) / 2
+    return Run(cfg, model, iter(loader), random_head)
+
+
+def train(
+    model: KDModel,
+    batches: Iterator[List[Dict[str, Any]]],
+    iterations: int,
+    update: Callable[[torch.Tensor], None],
+    *,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> None:
+    """Train for ``iterations`` steps as the config says, without measuring anything."""
+    for i, batch in enumerate(progress(itertools.islice(batches, iterations))):
+        with EventStorage(i):
+            total = sum(model(batch).values())
+        update(total)
 
 
 def training_update(cfg: CfgNode, model: KDModel) -> Callable[[torch.Tensor], None]:

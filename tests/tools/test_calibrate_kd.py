@@ -52,7 +52,9 @@ def test_suggested_weights_reach_the_target(script, config, capsys, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     base = ["--config-file", config, "--iterations", 2, "--target-ratio", 0.5]
     first = json.loads(run(script, capsys, *base, "--json"))
-    assert first["warnings"] == [] and first["iterations"] == 2 and not first["trained"]
+    (warning,) = first["warnings"]
+    assert "the student's head is at its random initialisation" in warning
+    assert first["iterations"] == 2 and not first["trained"]
     names = [pull["name"] for pull in first["pulls"]]
     assert names == [
         *("crosskd/cls", "crosskd/reg", "crosskd", "pkd/feat", "all distillers", "detection")
@@ -76,8 +78,8 @@ def test_suggested_weights_reach_the_target(script, config, capsys, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before, "something was written"
 
 
-def test_training_on_changes_the_weights(script, config, capsys, monkeypatch):
-    changes = []
+def test_weights_change_in_the_warm_up_and_with_train_only(script, config, capsys, monkeypatch):
+    changes, measuring = [], []
 
     def spy(cfg, model, original=script.training_update):
         update = original(cfg, model)
@@ -86,15 +88,38 @@ def test_training_on_changes_the_weights(script, config, capsys, monkeypatch):
         def recorded(total):
             before = weight.detach().clone()
             update(total)
-            changes.append((weight - before).abs().max().item())
+            changes.append((bool(measuring), (weight - before).abs().max().item()))
 
         return recorded
 
+    def measure(*args, original=script.measure, **kwargs):
+        measuring.append(True)
+        return original(*args, **kwargs)
+
     monkeypatch.setattr(script, "training_update", spy)
-    arguments = ["--config-file", config, "--iterations", 1, "--train"]
-    text = run(script, capsys, *arguments, "KD.DISTILLERS", "('PKD',)")
-    assert "1 iterations of 2 images, trained on" in text
-    assert len(changes) == 1 and changes[0] > 0
+    monkeypatch.setattr(script, "measure", measure)
+    arguments = ["--config-file", config, "--iterations", 1]
+    opts = ["KD.DISTILLERS", "('PKD',)"]
+    text = run(script, capsys, *arguments, "--warmup", 2, *opts)
+    assert "1 iterations of 2 images, without changing a weight, after 2 of training" in text
+    assert [during for during, _ in changes] == [False, False]
+    assert all(change > 0 for _, change in changes)
+    assert "random initialisation" not in text
+    changes.clear()
+    text = run(script, capsys, *arguments, "--train", *opts)
+    assert "1 iterations of 2 images, trained on" in text and "random initialisation" in text
+    assert [during for during, _ in changes] == [True] and changes[0][1] > 0
+
+
+def test_a_trained_student_is_not_warned_about(config):
+    from kd_d2.engine.calibration import build_run
+    from kd_d2.engine.main import build_config
+
+    weights = str(config.parent / "teacher.pth")  # the same architecture
+    assert build_run(build_config(str(config))).random_head
+    assert not build_run(build_config(str(config), ["MODEL.WEIGHTS", weights])).random_head
+    inherited = ["KD.INIT_STUDENT.PREFIXES", "('head.',)"]
+    assert not build_run(build_config(str(config), inherited)).random_head
 
 
 def test_mistakes_are_one_sentence(script, config):
