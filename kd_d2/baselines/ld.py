@@ -114,6 +114,8 @@ class LD(PairDistiller):
             "GFL R-101 -> R-34: 38.9 -> 41.0, -> R-18: 35.8 -> 37.5 (LD's repository)",
             "GFL R-101 -> R-34, main only: 39.8, -> R-18: 36.5 (mmdetection)",
         ),
+        unverified="of ATSS and FCOS with distributions: how they are trained, and the squares "
+        "that stand for FCOS's points",
     )
 
     @configurable
