@@ -5,6 +5,7 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from kd_d2.baselines import Pair
+from kd_d2.blocks import Valid
 from kd_d2.checkpoint import load_yaml_config, merge_opts
 from kd_d2.distillation import KDModel, build_distillers, build_tap
 from tests.fixtures import teacher_of, tiny_batch, tiny_cfg, tiny_model
@@ -95,8 +96,12 @@ def test_the_config_survives_its_dump_and_can_be_overridden(tmp_path):
     state = first.distillers.state_dict()
     assert state and second.distillers.load_state_dict(state, strict=True)
 
-    merge_opts(loaded, ["KD.PAIR.TERMS.near.WEIGHT", "0.5", "KD.PAIR.TERMS.plain.REGION", "Valid"])
-    assert _build(loaded).distillers["pair"].weights["near"] == 0.5
+    merge_opts(loaded, ["KD.PAIR.TERMS.near.WEIGHT", "0.5", "KD.PAIR.TERMS.near.REGION", "Valid"])
+    changed = _build(loaded).distillers["pair"]
+    assert changed.weights["near"] == 0.5
+    assert isinstance(changed.pair_terms["near"].region, Valid)
+    with pytest.raises(ValueError, match="KD.PAIR.TERMS.plain.REGION"):  # only what the file has
+        merge_opts(loaded, ["KD.PAIR.TERMS.plain.REGION", "Valid"])
 
 
 def test_a_child_config_changes_one_field(tmp_path):
