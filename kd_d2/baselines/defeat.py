@@ -19,17 +19,20 @@ __all__ = ["DeFeat", "add_defeat_config"]
 def add_defeat_config(cfg: CN) -> None:
     """Add ``KD.DEFEAT``. A term whose weight is 0 does not exist."""
     cfg.KD.DEFEAT = node = CN()
-    # Weights of the pyramid inside and outside of the boxes; they belong to the divisor twice the
-    # cells times channels and the mean over levels. Official for VOC; none is published for COCO.
+    # Weight of the pyramid inside of the boxes; it belongs to the divisor twice the cells times
+    # channels and the mean over levels. Official for VOC; none is published for COCO.
     node.FG_WEIGHT = 3.0
+    # Weight of the pyramid outside of the boxes, likewise.
     node.BG_WEIGHT = 12.0
-    # The same of the stages of the backbone; 0.0 in the official configs.
+    # Weight of the backbone's stages inside of the boxes; 0.0 in the official configs.
     node.BACKBONE_FG_WEIGHT = 0.0
+    # Weight of the backbone's stages outside of the boxes; 0.0 in the official configs.
     node.BACKBONE_BG_WEIGHT = 0.0
-    # Two-stage only: KL(teacher || student) of the class logits of foreground and background RoIs.
+    # Two-stage only: weight of KL(teacher || student) of the class logits of foreground RoIs.
     # 2.0 in the official configs, but not activated there. The RoIs are those that the student
     # sampled; the official default, the teacher's, is not offered.
     node.HEAD_FG_WEIGHT = 0.0
+    # The same of background RoIs.
     node.HEAD_BG_WEIGHT = 0.0
     # Temperature of that KL.
     node.HEAD_TEMPERATURE = 1.0

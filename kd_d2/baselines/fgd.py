@@ -37,14 +37,15 @@ def add_fgd_config(cfg: CN) -> None:
     cfg.KD.FGD = node = CN()
     # tau of both attentions; 0.5, FCOS 0.8.
     node.TEMPERATURE = -1.0
-    # Weights alpha, beta, gamma, lambda of the sums per image, summed over the levels.
+    # Weight alpha of the foreground; like the others of a sum per image, summed over the levels.
     # 1e-3 (FCOS 1.6e-3, two-stage 5e-5).
     node.FG_WEIGHT = -1.0
-    # 5e-4 (FCOS 8e-4, two-stage 2.5e-5).
+    # Weight beta of the background; 5e-4 (FCOS 8e-4, two-stage 2.5e-5).
     node.BG_WEIGHT = -1.0
-    # 5e-4 (FCOS 8e-4, two-stage 5e-5); the default of the authors' class, 1e-3, is in no config.
+    # Weight gamma of the attention; 5e-4 (FCOS 8e-4, two-stage 5e-5). The default of the authors'
+    # class, 1e-3, is in no config.
     node.ATTENTION_WEIGHT = -1.0
-    # 5e-6 (FCOS 8e-6, two-stage 5e-7).
+    # Weight lambda of the relations; 5e-6 (FCOS 8e-6, two-stage 5e-7).
     node.RELATION_WEIGHT = -1.0
     # How boxes become cells: "stride" divides by the stride (ours); "image" is the official code,
     # which stretches boxes where the batch is padded.
