@@ -39,7 +39,8 @@ def add_frs_config(cfg: CN) -> None:
     # Weight of the pyramid, summed over the levels; it belongs to the divisor, the sum of the
     # teacher's scores. 0.005 RetinaNet, 0.01 FCOS, 0.1 GFL, 0.002 two-stage.
     node.FEAT_WEIGHT = -1.0
-    # Weight of the class logits (two-stage: objectness), likewise: 0.02 RetinaNet, 0.05 FCOS and GFL, 0.1 two-stage.
+    # Weight of the class logits (two-stage: objectness), likewise: 0.02 RetinaNet, 0.05 FCOS and
+    # GFL, 0.1 two-stage.
     node.CLS_WEIGHT = -1.0
     # "conv": a 3x3 convolution per level (official; its module is not in the repository, so its
     # initialisation is PyTorch's); "auto": where the widths differ; "none".
