@@ -86,14 +86,9 @@ class CWD(PairDistiller):
         )
 
     @classmethod
-    def from_config(cls, cfg, student_keys, teacher_keys):
+    def arguments(cls, cfg):
         node = cls.config_node(cfg)
         weights = {name: weight for name, (_, weight) in _LOCATIONS.items()}
         choice("KD.CWD.LOCATION", node.LOCATION, weights)
-        return {
-            "student_keys": student_keys,
-            "teacher_keys": teacher_keys,
-            "location": node.LOCATION,
-            "weight": preset("KD.CWD.WEIGHT", node.WEIGHT, weights, node.LOCATION),
-            "temperature": node.TEMPERATURE,
-        }
+        weight = preset("KD.CWD.WEIGHT", node.WEIGHT, weights, node.LOCATION)
+        return {**super().arguments(cfg), "weight": weight}

@@ -126,11 +126,9 @@ class DeFeat(PairDistiller):
         )
 
     @classmethod
-    def from_config(cls, cfg, student_keys, teacher_keys):
+    def arguments(cls, cfg):
         node = cls.config_node(cfg)
         return {
-            "student_keys": student_keys,
-            "teacher_keys": teacher_keys,
             "weights": {name: node[f"{name.upper()}_WEIGHT"] for name in _TERMS},
             "head_temperature": node.HEAD_TEMPERATURE,
         }

@@ -116,13 +116,8 @@ class FGFI(PairDistiller):
         )
 
     @classmethod
-    def from_config(cls, cfg, student_keys, teacher_keys):
+    def arguments(cls, cfg):
         node = cls.config_node(cfg)
         choice("KD.FGFI.VARIANT", node.VARIANT, _VARIANTS)
-        return {
-            "student_keys": student_keys,
-            "teacher_keys": teacher_keys,
-            "variant": node.VARIANT,
-            "weight": preset("KD.FGFI.WEIGHT", node.WEIGHT, _WEIGHTS, node.VARIANT),
-            "threshold": node.THRESHOLD,
-        }
+        weight = preset("KD.FGFI.WEIGHT", node.WEIGHT, _WEIGHTS, node.VARIANT)
+        return {**super().arguments(cfg), "weight": weight}

@@ -109,12 +109,10 @@ class FRS(PairDistiller):
         )
 
     @classmethod
-    def from_config(cls, cfg, student_keys, teacher_keys):
+    def arguments(cls, cfg):
         node, arch = cls.config_node(cfg), cfg.MODEL.META_ARCHITECTURE
         return {
-            "student_keys": student_keys,
-            "teacher_keys": teacher_keys,
+            **super().arguments(cfg),
             "feat_weight": preset("KD.FRS.FEAT_WEIGHT", node.FEAT_WEIGHT, FEAT_WEIGHTS, arch),
             "cls_weight": preset("KD.FRS.CLS_WEIGHT", node.CLS_WEIGHT, CLS_WEIGHTS, arch),
-            "adapter": node.ADAPTER,
         }

@@ -23,9 +23,14 @@ from kd_d2.blocks import (
 from kd_d2.config import CONFIG_NODES, add_schedule_config
 from kd_d2.distillation import DISTILLER_REGISTRY, MethodInfo
 
+from .options import choice
+
 __all__ = ["GID", "add_gid_config"]
 
 _TERMS = ("feat", "rel", "cls", "box")
+_RESPONSES = ("matcher", "inside")
+# MODEL.META_ARCHITECTURE -> preset of KD.GID.RESPONSE; "matcher" for the others
+_RESPONSE_OF = {"FCOS": "inside"}
 
 
 @CONFIG_NODES.register()
@@ -49,6 +54,9 @@ def add_gid_config(cfg: CN) -> None:
     # Side of the pooled features, cells, and sampling points per cell and direction.
     node.SIZE = 10
     node.SAMPLING_RATIO = 2
+    # Predictions that "cls" and "box" compare: of the anchors that the student's matcher gives
+    # to the boxes ("matcher") or of the points inside of them ("inside"); "": "inside" for FCOS.
+    node.RESPONSE = ""
     # A 3x3 convolution on the student's pyramid, shared by its levels. Without, widths must agree.
     node.ADAPTER = True
     add_schedule_config(node)
@@ -98,14 +106,13 @@ class GID(PairDistiller):
         size: int = 10,
         sampling_ratio: int = 2,
         adapter: bool = True,
-        points: bool = False,
+        response: str = "matcher",
     ):
         """
         Args:
             student_keys, teacher_keys: what the taps know of both networks.
             terms, num, nms, candidates, feat_weight, rel_weight, cls_weight, box_weight, size,
-                sampling_ratio, adapter: see :func:`add_gid_config`.
-            points: predictions belong to points (FCOS): those inside the boxes are compared.
+                sampling_ratio, adapter, response: see :func:`add_gid_config`.
 
         Raises:
             ValueError: an unknown term, or networks that cannot be paired this way.
@@ -116,7 +123,7 @@ class GID(PairDistiller):
         boxes = GeneralInstances(num, nms, candidates)
         conv = ConvAdapter(3, shared=True) if adapter else None
         pooled = RoISource(boxes, size, sampling_ratio, adapter=conv)
-        region = Matched(boxes, inside=points)
+        region = Matched(boxes, inside=choice("KD.GID.RESPONSE", response, _RESPONSES) == "inside")
         made = {
             "feat": lambda: PairTerm(pooled, normaliser=Weights(floor=1.0)),
             "rel": lambda: PairTerm(
@@ -136,16 +143,9 @@ class GID(PairDistiller):
         self.adapter = conv if {"feat", "rel"} & set(terms) else None
 
     @classmethod
-    def from_config(cls, cfg, student_keys, teacher_keys):
-        node = cls.config_node(cfg)
-        fields = ("TERMS", "NUM", "CANDIDATES", "NMS", "SIZE", "SAMPLING_RATIO", "ADAPTER")
-        weights = tuple(f"{name.upper()}_WEIGHT" for name in _TERMS)
-        return {
-            "student_keys": student_keys,
-            "teacher_keys": teacher_keys,
-            "points": cfg.MODEL.META_ARCHITECTURE == "FCOS",
-            **{field.lower(): node[field] for field in (*fields, *weights)},
-        }
+    def arguments(cls, cfg):
+        preset = _RESPONSE_OF.get(cfg.MODEL.META_ARCHITECTURE, "matcher")
+        return {**super().arguments(cfg), "response": cls.config_node(cfg).RESPONSE or preset}
 
 
 def _response(output: str, region, distance) -> PairTerm:

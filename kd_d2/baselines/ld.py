@@ -165,11 +165,9 @@ class LD(PairDistiller):
         )
 
     @classmethod
-    def from_config(cls, cfg, student_keys, teacher_keys):
+    def arguments(cls, cfg):
         node = cls.config_node(cfg)
         return {
-            "student_keys": student_keys,
-            "teacher_keys": teacher_keys,
             "preset": _preset(cfg.MODEL.META_ARCHITECTURE, node),
             "terms": node.TERMS,
             "vlr_gamma": node.VLR_GAMMA,

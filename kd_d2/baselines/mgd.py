@@ -79,11 +79,9 @@ class MGD(PairDistiller):
         )
 
     @classmethod
-    def from_config(cls, cfg, student_keys, teacher_keys):
+    def arguments(cls, cfg):
         node, arch = cls.config_node(cfg), cfg.MODEL.META_ARCHITECTURE
         return {
-            "student_keys": student_keys,
-            "teacher_keys": teacher_keys,
             "weight": preset("KD.MGD.WEIGHT", node.WEIGHT, WEIGHTS, arch),
             "mask_ratio": preset("KD.MGD.MASK_RATIO", node.MASK_RATIO, MASK_RATIOS, arch),
         }

@@ -134,16 +134,6 @@ class Mimic(PairDistiller):
             terms=terms, weights=weights, student_keys=student_keys, teacher_keys=teacher_keys
         )
 
-    @classmethod
-    def from_config(cls, cfg, student_keys, teacher_keys):
-        node = cls.config_node(cfg)
-        fields = ("CLS_LOSS", "CLS_TAU", "CLS_WEIGHT", "BOX_LOSS", "BOX_TAU", "BOX_MARGIN")
-        return {
-            "student_keys": student_keys,
-            "teacher_keys": teacher_keys,
-            **{field.lower(): node[field] for field in (*fields, "BOX_WEIGHT", "CTR_WEIGHT")},
-        }
-
 
 def _at_positives(source: DenseSource, distance: Distance) -> PairTerm:
     return PairTerm(source, region=Assigned("pos"), distance=distance, normaliser=Positives())

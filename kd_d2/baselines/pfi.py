@@ -70,13 +70,3 @@ class PFI(PairDistiller):
             student_keys=student_keys,
             teacher_keys=teacher_keys,
         )
-
-    @classmethod
-    def from_config(cls, cfg, student_keys, teacher_keys):
-        node = cls.config_node(cfg)
-        return {
-            "student_keys": student_keys,
-            "teacher_keys": teacher_keys,
-            "weight": node.WEIGHT,
-            "adapter": node.ADAPTER,
-        }

@@ -88,14 +88,3 @@ class RankMimic(PairDistiller):
             student_keys=student_keys,
             teacher_keys=teacher_keys,
         )
-
-    @classmethod
-    def from_config(cls, cfg, student_keys, teacher_keys):
-        node = cls.config_node(cfg)
-        return {
-            "student_keys": student_keys,
-            "teacher_keys": teacher_keys,
-            "qualities": node.QUALITIES,
-            "weight": node.WEIGHT,
-            "tau": node.TAU,
-        }

@@ -62,11 +62,9 @@ class RegionImitation(PairDistiller):
         raise NotImplementedError
 
     @classmethod
-    def from_config(cls, cfg, student_keys, teacher_keys):
+    def arguments(cls, cfg):
         node = cls.config_node(cfg)
         return {
-            "student_keys": student_keys,
-            "teacher_keys": teacher_keys,
             "region": cls.make_region(node),
             "weight": node.WEIGHT,
             "adapter": node.ADAPTER,

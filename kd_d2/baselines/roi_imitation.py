@@ -75,13 +75,3 @@ class RoIImitation(PairDistiller):
             student_keys=student_keys,
             teacher_keys=teacher_keys,
         )
-
-    @classmethod
-    def from_config(cls, cfg, student_keys, teacher_keys):
-        node = cls.config_node(cfg)
-        fields = ("ROIS", "WEIGHT", "SIZE", "ADAPTER", "KERNEL_SIZE")
-        return {
-            "student_keys": student_keys,
-            "teacher_keys": teacher_keys,
-            **{field.lower(): node[field] for field in fields},
-        }

@@ -76,14 +76,3 @@ class SKD(PairDistiller):
             student_keys=student_keys,
             teacher_keys=teacher_keys,
         )
-
-    @classmethod
-    def from_config(cls, cfg, student_keys, teacher_keys):
-        node = cls.config_node(cfg)
-        return {
-            "student_keys": student_keys,
-            "teacher_keys": teacher_keys,
-            "weight": node.WEIGHT,
-            "data_range": node.DATA_RANGE,
-            "adapter": node.ADAPTER,
-        }

@@ -80,14 +80,3 @@ class TADF(PairDistiller):
             student_keys=student_keys,
             teacher_keys=teacher_keys,
         )
-
-    @classmethod
-    def from_config(cls, cfg, student_keys, teacher_keys):
-        node = cls.config_node(cfg)
-        return {
-            "student_keys": student_keys,
-            "teacher_keys": teacher_keys,
-            "weight": node.WEIGHT,
-            "normalizer": node.NORMALIZER,
-            "center_cell": node.CENTER_CELL,
-        }

@@ -146,7 +146,7 @@ class PairTerm(nn.Module):
 class PairDistiller(Distiller):
     """A distiller all of whose terms are made of blocks.
 
-    A method derives from it and wires its terms in ``from_config``; see ``kd_d2.baselines``.
+    A method derives from it and wires its terms in its constructor; see ``kd_d2.baselines``.
     """
 
     def __init__(
@@ -179,6 +179,23 @@ class PairDistiller(Distiller):
             weights=weights, student_needs=needs["student"], teacher_needs=needs["teacher"]
         )
         self.pair_terms = nn.ModuleDict(terms)
+
+    @classmethod
+    def from_config(cls, cfg, student_keys, teacher_keys):
+        return {
+            "student_keys": student_keys,
+            "teacher_keys": teacher_keys,
+            **cls.arguments(cfg),
+        }
+
+    @classmethod
+    def arguments(cls, cfg) -> Dict[str, Any]:
+        """Return the constructor's arguments besides the keys: the node's fields in lower case.
+
+        A method whose values depend on more than its node overrides this.
+        """
+        node = cls.config_node(cfg)
+        return {field.lower(): node[field] for field in node if field != "SCHEDULE"}
 
     def compute(self, ctx):
         return {name: term(ctx) for name, term in self.pair_terms.items()}

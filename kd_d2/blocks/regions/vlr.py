@@ -4,32 +4,14 @@ from typing import List
 
 import torch
 from detectron2.structures import Boxes, pairwise_iou
+from torchvision.ops import distance_box_iou
 
 from kd_d2.modeling.layers import atss_candidates, atss_threshold, paired_iou, valid_anchor_mask
 
 from ..registry import KD_REGIONS
 from .base import AnchorRegion
 
-__all__ = ["VLR", "pairwise_diou"]
-
-
-def pairwise_diou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """DIoU = IoU - d^2 / c^2 (Zheng et al., AAAI 2020): d between centres, c diagonal of the hull.
-
-    Args:
-        boxes: (M, 4), XYXY.
-        others: (R, 4), the same.
-
-    Returns:
-        (M, R) in [-1, 1].
-    """
-    ours, theirs = boxes[:, None], others[None]
-    hull = torch.maximum(ours[..., 2:], theirs[..., 2:]) - torch.minimum(
-        ours[..., :2], theirs[..., :2]
-    )
-    offset = (ours[..., :2] + ours[..., 2:] - theirs[..., :2] - theirs[..., 2:]) / 2
-    distance = offset.square().sum(dim=-1) / hull.square().sum(dim=-1).clamp(min=1e-6)
-    return pairwise_iou(Boxes(boxes), Boxes(others)) - distance
+__all__ = ["VLR"]
 
 
 @KD_REGIONS.register()
@@ -90,7 +72,7 @@ class VLR(AnchorRegion):
         candidates = atss_candidates(levels, gt_boxes, valid, self._topk)
         ious = paired_iou(anchors[candidates], gt_boxes.tensor[:, None])
         threshold = atss_threshold(ious, valid[candidates])[:, None]
-        diou = pairwise_diou(gt_boxes.tensor, anchors)
+        diou = distance_box_iou(gt_boxes.tensor, anchors)
         inside = (diou >= self._gamma * threshold) & (diou < threshold) & valid
         if self._as_mask:
             return inside.any(dim=0).to(anchors.dtype)
