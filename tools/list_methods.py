@@ -56,6 +56,7 @@ def table(header: Sequence[str], rows: List[List[str]], markdown: bool, shares=N
         return tabulate(rows, header, tablefmt="github", disable_numparse=True)
     width = max(shutil.get_terminal_size((140, 24)).columns, 80) - 3 * len(header)
     limits = [int(width * share) for share in shares]
+    limits[0] = max(limits[0], *(len(row[0]) for row in rows))  # names stay whole
     wrapped = [[_wrap(cell, limit) for cell, limit in zip(row, limits)] for row in rows]
     return tabulate(wrapped, header, tablefmt="grid", disable_numparse=True)
 
