@@ -1,0 +1,23 @@
+"""Check of values of ``MODEL.MIMICDET`` that are names."""
+
+from typing import Mapping, TypeVar
+
+__all__ = ["choice"]
+
+T = TypeVar("T")
+
+
+def choice(key: str, value: str, known: Mapping[str, T]) -> T:
+    """Return what ``value`` stands for.
+
+    Args:
+        key: below ``MODEL.MIMICDET``, for the message.
+        value: a key of ``known``.
+        known: name -> meaning.
+
+    Raises:
+        ValueError: ``value`` is not in ``known``.
+    """
+    if value not in known:
+        raise ValueError(f"MODEL.MIMICDET.{key} must be one of {sorted(known)}, got '{value}'")
+    return known[value]
