@@ -57,6 +57,9 @@ class AlignLayer(nn.Module):
     are drawn from N(0, 0.01), biases are 0 (the paper).
     """
 
+    # whether the offsets have parameters of their own
+    learns_offsets = False
+
     @configurable
     def __init__(self, *, channels: int, kernel_size: int):
         """
@@ -126,6 +129,8 @@ class DeformAlign(AlignLayer):
     blocks: the paper does not say.
     """
 
+    learns_offsets = True
+
     @configurable
     def __init__(self, *, channels: int, kernel_size: int):
         super().__init__(channels=channels, kernel_size=kernel_size)
@@ -143,6 +148,8 @@ class GuidedAlign(AlignLayer):
     Equal deltas mean equal offsets in cells on all levels, because anchors are four cells wide
     everywhere; hence levels can share the layer.
     """
+
+    learns_offsets = True
 
     @configurable
     def __init__(self, *, channels: int, kernel_size: int, offset_std: float = 0.01):
