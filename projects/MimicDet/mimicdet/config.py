@@ -11,9 +11,14 @@ __all__ = ["add_mimicdet_config"]
 def add_mimicdet_config(cfg: CN) -> None:
     """Add ``MODEL.MIMICDET``. "Ours": the paper is silent or ambiguous; there is no official code."""
     cfg.MODEL.MIMICDET = node = CN()
-    # Head whose detections evaluation reports: "S" (the one-stage detector, what is deployed) or
-    # "T" (the two-stage head on the same boxes, the T-head AP of Table 3; needs P2).
-    node.TEST_HEAD = "S"
+    # Head whose detections evaluation reports: "student" (the S-head, the one-stage detector that is
+    # deployed) or "teacher" (the T-head on the same boxes, the T-head AP of Table 3; needs P2).
+    node.EVAL_HEAD = "student"
+    # Iterations between two records of cosines, recall of the proposals and offsets. Ours.
+    node.LOG_PERIOD = 20
+    # From this iteration on warn, once, if the offsets of the alignment are nearly the same in all
+    # cells (spatial standard deviation below 0.01 cells): no box guides them. Ours.
+    node.OFFSET_WARNING_ITER = 5000
     _add_refine(node)
     _add_heads(node)
     _add_mimic(node)
@@ -63,7 +68,7 @@ def _add_heads(node: CN) -> None:
 
     node.S_HEAD = CN()
     # False: only the two-stage detector is trained (the separate teacher of Table 5). Needs
-    # MIMIC.WEIGHT 0 and TEST_HEAD "T".
+    # MIMIC.WEIGHT 0 and EVAL_HEAD "teacher".
     node.S_HEAD.ENABLED = True
     # Alignment of features with the adjusted boxes: "conv", "deform", "guided" (Table 2) or
     # "roiconv" (taps spread over the box, nothing to learn; ours).
