@@ -1,6 +1,6 @@
 """Feature pyramids P3..P7 with a choice of what P6 is made from."""
 
-from typing import Sequence
+from typing import Sequence, Type
 
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
@@ -52,6 +52,7 @@ def build_fpn(
     fuse_type: str = "sum",
     p6_source: str = "c5",
     p7_relu: bool = True,
+    fpn_class: Type[FPN] = FPN,
 ) -> FPN:
     """Return Detectron2's FPN over ``bottom_up`` with two extra levels on top.
 
@@ -66,6 +67,7 @@ def build_fpn(
         fuse_type: "sum" or "avg".
         p6_source: "c5" (last of ``in_features``) or "p5" (coarsest level of the pyramid).
         p7_relu: ReLU between P6 and P7.
+        fpn_class: a subclass that is constructed in the same way.
 
     Raises:
         ValueError: unknown ``p6_source``, or ``in_features`` that ``bottom_up`` does not have.
@@ -84,7 +86,7 @@ def build_fpn(
         top_in, top_channels = in_features[-1], last.channels
     else:
         top_in, top_channels = f"p{last.stride.bit_length() - 1}", out_channels
-    return FPN(
+    return fpn_class(
         bottom_up=bottom_up,
         in_features=list(in_features),
         out_channels=out_channels,
@@ -94,7 +96,7 @@ def build_fpn(
     )
 
 
-def build_fpn_from_config(cfg, bottom_up: Backbone) -> FPN:
+def build_fpn_from_config(cfg, bottom_up: Backbone, fpn_class: Type[FPN] = FPN) -> FPN:
     """Return the pyramid that ``cfg.MODEL.FPN`` describes, over ``bottom_up``."""
     node = cfg.MODEL.FPN
     return build_fpn(
@@ -105,12 +107,12 @@ def build_fpn_from_config(cfg, bottom_up: Backbone) -> FPN:
         fuse_type=node.FUSE_TYPE,
         p6_source=node.P6_SOURCE,
         p7_relu=node.P7_RELU,
+        fpn_class=fpn_class,
     )
 
 
-@BACKBONE_REGISTRY.register()
-def build_kd_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """Return Detectron2's ResNet (18 to 152) below a pyramid P3..P7.
+def build_resnet_from_config(cfg, input_shape: ShapeSpec) -> Backbone:
+    """Return Detectron2's ResNet (18 to 152), its batch norms as ``MODEL.RESNETS.BN_MODE`` says.
 
     Raises:
         ValueError: unknown ``MODEL.RESNETS.BN_MODE``, or "eval_affine" without ``NORM`` "BN".
@@ -124,6 +126,14 @@ def build_kd_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
             f"but NORM is {norm!r}"
         )
     bottom_up = build_resnet_backbone(cfg, input_shape)
-    if mode == "eval_affine":
-        bottom_up = use_eval_statistics(bottom_up)
-    return build_fpn_from_config(cfg, bottom_up)
+    return use_eval_statistics(bottom_up) if mode == "eval_affine" else bottom_up
+
+
+@BACKBONE_REGISTRY.register()
+def build_kd_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """Return Detectron2's ResNet (18 to 152) below a pyramid P3..P7.
+
+    Raises:
+        ValueError: unknown ``MODEL.RESNETS.BN_MODE``, or "eval_affine" without ``NORM`` "BN".
+    """
+    return build_fpn_from_config(cfg, build_resnet_from_config(cfg, input_shape))

@@ -9,10 +9,10 @@ __all__ = ["add_mimicdet_config"]
 
 @CONFIG_NODES.register()
 def add_mimicdet_config(cfg: CN) -> None:
-    """Add ``MODEL.MIMICDET``. "Ours": the paper is silent or ambiguous; there is no official code."""
+    """Add ``MODEL.MIMICDET``. "Ours": the paper is silent or ambiguous, and no code is public."""
     cfg.MODEL.MIMICDET = node = CN()
-    # Head whose detections evaluation reports: "student" (the S-head, the one-stage detector that is
-    # deployed) or "teacher" (the T-head on the same boxes, the T-head AP of Table 3; needs P2).
+    # Head whose detections evaluation reports: "student" (the S-head, the one-stage detector that
+    # is deployed) or "teacher" (the T-head on the same boxes, the T-head AP of Table 3; needs P2).
     node.EVAL_HEAD = "student"
     # Iterations between two records of cosines, recall of the proposals and offsets. Ours.
     node.LOG_PERIOD = 20
