@@ -91,7 +91,8 @@ def export_student(cfg: CfgNode, weights: str, output: str, safetensors: bool = 
     """Write the student of a training checkpoint so that a plain detector can be built from it.
 
     ``model_student.pth`` holds ``{"model": state dict}`` without the modules that the
-    meta-architecture lists in ``training_only_modules`` (module paths; default none);
+    meta-architecture lists in ``training_only_modules`` (module paths; default none). If it has a
+    method ``deploy(cfg)``, that changes the written config to one without these modules.
     ``config.yaml`` holds no ``KD`` node, and, if all components are Detectron2's own, no key that
     plain Detectron2 does not know. Both are read back: the weights must be equal bit by bit and the
     detections of a random image the same as the checkpoint's.
@@ -119,13 +120,15 @@ def export_student(cfg: CfgNode, weights: str, output: str, safetensors: bool = 
     save_safetensors = _import_safetensors() if safetensors else None
     allow_unsafe = cfg.KD.ALLOW_UNSAFE_LOAD
     original = _build(cfg)
-    training_only = tuple(getattr(original, "training_only_modules", ()))
+    training_only = _training_only(original)
     _load(original, weights, training_only, allow_unsafe)
     state = _without(original.state_dict(), training_only)
 
     packages = needed_packages(cfg, original)
     exported_cfg = student_config(cfg, packages)
     paths = [os.path.join(output, WEIGHTS_NAME)]
+    if hasattr(original, "deploy"):
+        original.deploy(exported_cfg)
     exported_cfg.MODEL.WEIGHTS = paths[0]
     exported_cfg.OUTPUT_DIR = get_plain_cfg().OUTPUT_DIR
 
@@ -147,7 +150,7 @@ def export_student(cfg: CfgNode, weights: str, output: str, safetensors: bool = 
         load_yaml_config(written_cfg, paths[-1])
         for path in paths[:-1]:
             written = _build(written_cfg, device=cfg.MODEL.DEVICE)
-            _load(written, path, training_only, allow_unsafe=False)
+            _load(written, path, _training_only(written), allow_unsafe=False)
             _check_equal(state, written.state_dict(), path)
             if not _same(expected, _detect(written, written_cfg)):
                 raise ValueError(
@@ -300,6 +303,10 @@ def _load(model: nn.Module, weights: str, training_only: Iterable[str], allow_un
             f"{weights} does not fit the model of the config, give the --config-file it was "
             f"trained with.\n{report.format()}"
         )
+
+
+def _training_only(model: nn.Module) -> Tuple[str, ...]:
+    return tuple(getattr(model, "training_only_modules", ()))
 
 
 def _without(state: "OrderedDict[str, Tensor]", prefixes: Tuple[str, ...]) -> "OrderedDict":

@@ -14,7 +14,7 @@ def add_mimicdet_config(cfg: CN) -> None:
     # Head whose detections evaluation reports: "student" (the S-head, the one-stage detector that
     # is deployed) or "teacher" (the T-head on the same boxes, the T-head AP of Table 3; needs P2).
     node.EVAL_HEAD = "student"
-    # Iterations between two records of cosines, recall of the proposals and offsets. Ours.
+    # Iterations between two records of cosines and offsets. Ours.
     node.LOG_PERIOD = 20
     # From this iteration on warn, once, if the offsets of the alignment are nearly the same in all
     # cells (spatial standard deviation below 0.01 cells): no box guides them. Ours.
