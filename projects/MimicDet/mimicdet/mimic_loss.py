@@ -11,6 +11,7 @@ from kd_d2.losses.precision import full_precision
 
 from .options import choice
 from .outputs import HeadOutput
+from .rows import random_rows
 from .variants import head_variant
 
 __all__ = ["MimicLoss", "cosine_distance", "mimic_losses"]
@@ -148,7 +149,18 @@ class MimicLoss:
 
     @classmethod
     def from_config(cls, cfg):
+        """
+        Raises:
+            ValueError: the features of both heads differ in width.
+        """
         node = cfg.MODEL.MIMICDET.MIMIC
+        widths = cfg.MODEL.MIMICDET.S_HEAD.FEAT_DIM, cfg.MODEL.ROI_BOX_HEAD.FC_DIM
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"MODEL.MIMICDET.S_HEAD.FEAT_DIM is {widths[0]} and the T-head's "
+                f"MODEL.ROI_BOX_HEAD.FC_DIM {widths[1]}, but the cosine of their features needs "
+                "equal widths: give both one value"
+            )
         return {
             "weight": node.WEIGHT,
             "num_samples": node.NUM_SAMPLES,
@@ -169,16 +181,7 @@ class MimicLoss:
             num_boxes: how many boxes of ``student`` and ``teacher`` each image has.
         """
         if self.num_samples >= 0:
-            rows = _random_rows(num_boxes, self.num_samples, student.logits.device)
+            rows = random_rows(num_boxes, self.num_samples, student.logits.device)
             student, teacher = student.rows(rows), teacher.rows(rows)
         losses = mimic_losses(student, teacher, **self._options)
         return {name: self.weight * loss for name, loss in losses.items()}
-
-
-def _random_rows(num_boxes: Sequence[int], num_samples: int, device: torch.device) -> Tensor:
-    """Numbers of up to ``num_samples`` random rows of each image, drawn without replacement."""
-    rows, start = [torch.zeros(0, dtype=torch.int64, device=device)], 0
-    for count in num_boxes:
-        rows.append(start + torch.randperm(count, device=device)[:num_samples])
-        start += count
-    return torch.cat(rows)

@@ -7,7 +7,6 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
-from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,9 +16,10 @@ from kd_d2.losses.precision import full_precision
 from .align import AlignLayer, build_align, init_gaussian
 from .cells import gather_cells
 from .outputs import HeadOutput
+from .rows import hardest_rows, positive_rows
 from .variants import head_variant
 
-__all__ = ["MimicSHead", "hard_examples"]
+__all__ = ["MimicSHead"]
 
 
 class MimicSHead(nn.Module):
@@ -190,10 +190,10 @@ class MimicSHead(nn.Module):
         gt_classes = torch.cat([x.gt_classes for x in labelled])
         num_boxes = [len(x) for x in labelled]
         cross_entropy = F.cross_entropy(output.logits, gt_classes, reduction="none")
-        hardest = hard_examples(cross_entropy, num_boxes, self.cls_topk)
+        hardest = hardest_rows(cross_entropy, num_boxes, self.cls_topk)
         count = max(len(hardest), 1)
 
-        positives = self._sample_positives(gt_classes, num_boxes)
+        positives = positive_rows(gt_classes, num_boxes, self.max_pos_reg, self.num_classes)
         boxes = torch.cat([x.proposal_boxes.tensor for x in labelled])[positives]
         gt_boxes = torch.cat([x.gt_boxes.tensor for x in labelled])[positives]
         box_loss = _dense_box_regression_loss(
@@ -244,31 +244,6 @@ class MimicSHead(nn.Module):
         logits = apply(self.cls_score, F.relu(cls_feature))
         deltas = apply(self.bbox_pred, F.relu(reg_feature))
         return cls_feature, reg_feature, logits, deltas
-
-    def _sample_positives(self, gt_classes: Tensor, num_boxes: Sequence[int]) -> Tensor:
-        """Row numbers of up to ``max_pos_reg`` random positives of each image."""
-        rows, start = [], 0
-        for classes in gt_classes.split(list(num_boxes)):
-            positives, _ = subsample_labels(classes, self.max_pos_reg, 1.0, self.num_classes)
-            rows.append(start + positives)
-            start += len(classes)
-        return torch.cat(rows)
-
-
-@torch.no_grad()
-def hard_examples(values: Tensor, num_boxes: Sequence[int], topk: int) -> Tensor:
-    """Return row numbers of the ``topk`` largest values of each image, or of all it has.
-
-    Args:
-        values: (R,), rows of all images in order.
-        num_boxes: rows of each image.
-        topk: per image.
-    """
-    rows, start = [], 0
-    for x in values.split(list(num_boxes)):
-        rows.append(start + x.topk(min(topk, len(x))).indices)
-        start += len(x)
-    return torch.cat(rows)
 
 
 def _on_maps(layer: nn.Conv2d, maps: Tensor) -> Tensor:

@@ -174,6 +174,10 @@ def test_bad_values_name_the_key(options, message):
 
 
 def test_heads_of_different_widths():
+    cfg = get_cfg()
+    cfg.MODEL.MIMICDET.S_HEAD.FEAT_DIM = 512
+    with pytest.raises(ValueError, match="FEAT_DIM is 512 .*FC_DIM 1024"):
+        MimicLoss(cfg)
     narrow = _output([[2.0, 1, 0], [0, 0, 5]], [[3.0], [1]])
     with pytest.raises(ValueError, match=r"\(2, 1\) and \(2, 2\).*FEAT_DIM"):
         mimic_losses(narrow, TEACHER)

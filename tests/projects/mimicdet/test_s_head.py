@@ -10,7 +10,8 @@ from detectron2.structures import Boxes, Instances
 
 from kd_d2.config import get_cfg
 from kd_d2.projects.mimicdet.outputs import HeadOutput
-from kd_d2.projects.mimicdet.s_head import MimicSHead, hard_examples
+from kd_d2.projects.mimicdet.rows import hardest_rows
+from kd_d2.projects.mimicdet.s_head import MimicSHead
 from tests.projects.mimicdet.head_cases import (
     FEATURE_DIM,
     NUM_CLASSES,
@@ -111,11 +112,11 @@ def test_gradient_does_not_reach_the_deltas_unless_wanted():
 
 def test_hardest_boxes():
     values = torch.tensor([0.1, 2, 0.3, 5, 0.2])
-    rows = hard_examples(values, [5], 2)
+    rows = hardest_rows(values, [5], 2)
     assert set(rows.tolist()) == {1, 3} and values[rows].mean() == 3.5
     # of each image, all where there are fewer, none where there is none
-    assert sorted(hard_examples(values, [3, 0, 1, 1], 2).tolist()) == [1, 2, 3, 4]
-    assert hard_examples(values[:0], [0, 0], 2).tolist() == []
+    assert sorted(hardest_rows(values, [3, 0, 1, 1], 2).tolist()) == [1, 2, 3, 4]
+    assert hardest_rows(values[:0], [0, 0], 2).tolist() == []
 
 
 def test_classification_loss_with_given_cross_entropies():
