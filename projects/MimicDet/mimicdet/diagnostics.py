@@ -43,7 +43,9 @@ class StepRecord:
         if self.values is None:
             return
         for name, loss in losses.items():
-            self.values[name.replace("loss_mimic_", "mimic/cosine_")] = 1 - loss.detach() / weight
+            self.values[name.replace("loss_mimic_", "mimicdet/cosine_")] = (
+                1 - loss.detach() / weight
+            )
 
 
 class Diagnostics:
