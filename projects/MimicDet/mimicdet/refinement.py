@@ -1,11 +1,11 @@
 """The refinement module: adjusts one anchor per cell and rates it (Sec. 3.2)."""
 
 import math
-from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec, batched_nms, cat
+from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
 from detectron2.modeling.proposal_generator import RPN
@@ -18,8 +18,9 @@ from kd_d2.losses.precision import full_precision
 from kd_d2.modeling.layers import reduce_mean
 
 from .assignment import CenterAssigner
-from .cells import cell_levels, grid_sizes
+from .normalisers import CLS_NORMS, REG_NORMS, Counts
 from .options import choice
+from .selection import NMS_SCOPES, select_boxes
 
 __all__ = ["RefinementModule", "RefinementOutput"]
 
@@ -37,28 +38,6 @@ class RefinementOutput(NamedTuple):
     """(dx, dy, dw, dh) of all anchors, (N, 4, H, W) per level, with graph."""
     anchors: List[Boxes]
     """H * W anchors per level."""
-
-
-class _Counts(NamedTuple):
-    """Numbers that losses are divided by."""
-
-    fixed: float
-    anchors: float
-    positives: float
-
-
-_NORMS: Dict[str, Callable[[_Counts], float]] = {
-    "fixed": lambda counts: counts.fixed,
-    "num_pos": lambda counts: counts.positives,
-    "mean": lambda counts: counts.anchors,
-}
-_REG_NORMS = {name: _NORMS[name] for name in ("fixed", "num_pos")}
-
-# suppression groups from the levels of the boxes
-_NMS_SCOPES: Dict[str, Callable[[Tensor], Tensor]] = {
-    "joint": torch.zeros_like,
-    "per_level": lambda level: level,
-}
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -142,9 +121,9 @@ class RefinementModule(RPN):
             smooth_l1_beta=smooth_l1_beta,
         )
         self.assigner = assigner
-        self._cls_norm = choice("REFINE.CLS_NORM", cls_norm, _NORMS)
-        self._reg_norm = choice("REFINE.REG_NORM", reg_norm, _REG_NORMS)
-        self._nms_groups = choice("PROPOSAL.NMS_SCOPE", nms_scope, _NMS_SCOPES)
+        self._cls_norm = choice("REFINE.CLS_NORM", cls_norm, CLS_NORMS)
+        self._reg_norm = choice("REFINE.REG_NORM", reg_norm, REG_NORMS)
+        self._nms_scope = choice("PROPOSAL.NMS_SCOPE", nms_scope, NMS_SCOPES)
         nn.init.constant_(head.objectness_logits.bias, -math.log((1 - prior_prob) / prior_prob))
 
     @classmethod
@@ -225,9 +204,6 @@ class RefinementModule(RPN):
             labels, gt_boxes = self.label_and_sample_anchors(anchors, gt_instances)
             losses = self.losses(anchors, flat_logits, labels, flat_deltas, gt_boxes)
         proposals = self.predict_proposals(anchors, flat_logits, flat_deltas, images.image_sizes)
-        grids = grid_sizes(levels)
-        for boxes in proposals:
-            boxes.level = cell_levels(boxes.anchor_index, grids)
         return RefinementOutput(proposals, losses, deltas, anchors)
 
     @torch.no_grad()
@@ -275,7 +251,7 @@ class RefinementModule(RPN):
         labels = torch.stack(gt_labels)
         positive = labels == 1
         num_positive = positive.sum()
-        counts = _Counts(
+        counts = Counts(
             fixed=self.batch_size_per_image * len(labels),
             anchors=labels.numel(),
             # collective, hence also where it is not used
@@ -313,52 +289,39 @@ class RefinementModule(RPN):
         pred_anchor_deltas: List[Tensor],
         image_sizes: List[Tuple[int, int]],
     ) -> List[Instances]:
-        """Return the best adjusted boxes of each image, best first, without ``level``.
+        """Return the best adjusted boxes of each image, see :class:`RefinementOutput`.
 
         Args:
             anchors: per level.
             pred_objectness_logits: (N, HW) per level.
             pred_anchor_deltas: (N, HW, 4) per level.
             image_sizes: (height, width) without padding.
+
+        Raises:
+            FloatingPointError: infinite or NaN boxes or scores in training.
         """
         boxes = cat(self._decode_proposals(anchors, pred_anchor_deltas), dim=1)
         logits = cat(pred_objectness_logits, dim=1)
-        counts = [len(x) for x in anchors]
-        level = torch.arange(len(counts), device=logits.device)
-        level = level.repeat_interleave(torch.as_tensor(counts, device=logits.device))
-        groups = self._nms_groups(level)
-        return [self._select(*image, groups) for image in zip(boxes, logits, image_sizes)]
-
-    def _select(
-        self, boxes: Tensor, logits: Tensor, image_size: Tuple[int, int], groups: Tensor
-    ) -> Instances:
-        """Choose among all boxes (A, 4) of one image; ``groups`` (A,) do not suppress another."""
-        finite = boxes.isfinite().all(dim=1) & logits.isfinite()
-        if self.training and not finite.all():
+        if self.training and not (boxes.isfinite().all() and logits.isfinite().all()):
             raise FloatingPointError(
                 "Adjusted boxes or their scores contain Inf/NaN. Training has diverged."
             )
-        most, before = self.post_nms_topk[self.training], self.pre_nms_topk[self.training]
-        if not self.training:
-            before = min(most, before) if before else most
-        index = finite.nonzero().flatten()
-        if 0 < before < len(index):
-            index = index[logits[index].topk(before).indices]
-        adjusted = Boxes(boxes[index])
-        adjusted.clip(image_size)
-        keep = adjusted.nonempty(threshold=self.min_box_size)
-        adjusted, index = adjusted[keep], index[keep]
+        counts = torch.as_tensor([len(x) for x in anchors], device=logits.device)
+        level = torch.arange(len(counts), device=logits.device).repeat_interleave(counts)
+        options = {
+            "limit": self.post_nms_topk[self.training],
+            "limit_before": self.pre_nms_topk[self.training],
+            "min_size": self.min_box_size,
+        }
         if self.training:
-            keep = batched_nms(adjusted.tensor, logits[index], groups[index], self.nms_thresh)
+            options.update(nms_thresh=self.nms_thresh, nms_scope=self._nms_scope)
         else:
-            keep = logits[index].argsort(descending=True)
-        adjusted, index = adjusted[keep[:most]], index[keep[:most]]
-        return Instances(
-            image_size,
-            proposal_boxes=adjusted,
-            objectness_logits=logits[index],
-            anchor_index=index,
-        )
+            # without NMS in between, the smaller of both limits; 0 is none
+            options["limit_before"] = min(options["limit"], options["limit_before"] or math.inf)
+        return [
+            select_boxes(boxes[i], logits[i], level, size, **options)
+            for i, size in enumerate(image_sizes)
+        ]
 
 
 def _check_anchors(anchor_generator: nn.Module, scale: float, sides: Sequence[float]) -> None:
