@@ -1,6 +1,7 @@
 """MimicDet: a one-stage detector that mimics its own two-stage head (arXiv 2009.11528)."""
 
 from .config import add_mimicdet_config
+from .distiller import MimicDetTeacher
 from .labels import ProposalLabeler
 from .mimicdet import MimicDet
 from .refinement import RefinementModule, RefinementOutput
@@ -10,6 +11,7 @@ from .tap import MimicDetTap
 __all__ = [
     "MimicDet",
     "MimicDetTap",
+    "MimicDetTeacher",
     "RefinementModule",
     "StaggeredFPN",
     "add_mimicdet_config",

@@ -2,7 +2,7 @@
 
 from detectron2.config import CfgNode as CN
 
-from kd_d2.config import CONFIG_NODES
+from kd_d2.config import CONFIG_NODES, add_schedule_config
 
 __all__ = ["add_mimicdet_config"]
 
@@ -22,6 +22,9 @@ def add_mimicdet_config(cfg: CN) -> None:
     _add_refine(node)
     _add_heads(node)
     _add_mimic(node)
+    # Distiller of a separate teacher; weight and options of its loss are MODEL.MIMICDET.MIMIC.
+    cfg.KD.MIMICDETTEACHER = CN()
+    add_schedule_config(cfg.KD.MIMICDETTEACHER)
 
 
 def _add_refine(node: CN) -> None:
@@ -110,5 +113,5 @@ def _add_mimic(node: CN) -> None:
 
     node.TEACHER = CN()
     # "shared" (the T-head lies on the student's backbone) or "separate" (a frozen MimicDet with its
-    # own backbone, read through KD.TEACHER; Table 5).
+    # own backbone, read through KD.TEACHER and KD.DISTILLERS ("MimicDetTeacher",); Table 5).
     node.TEACHER.MODE = "shared"

@@ -141,6 +141,16 @@ class MimicSHead(nn.Module):
             "test_topk_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
         }
 
+    @property
+    def num_branches(self) -> int:
+        """2 if classification and regression have a feature vector each, else 1."""
+        return len(self.projections)
+
+    @property
+    def feature_dim(self) -> int:
+        """D."""
+        return self.cls_score.in_channels
+
     def forward(self, features: List[Tensor], deltas: List[Tensor]) -> List[Tensor]:
         """Return the aligned maps after their ReLU, (N, C, H, W) fp32 per level.
 

@@ -108,6 +108,16 @@ class MimicTHead(ROIHeads):
             "predictor": TwoFeatureOutputLayers(cfg, ShapeSpec(channels=box_head.FC_DIM)),
         }
 
+    @property
+    def num_branches(self) -> int:
+        """2 if classification and regression have a feature vector each, else 1."""
+        return len(self.branches)
+
+    @property
+    def feature_dim(self) -> int:
+        """D."""
+        return self.predictor.cls_score.in_features
+
     def features(self, feature_list: List[Tensor], proposals: List[Instances]) -> HeadOutput:
         """Return features and predictions of the boxes.
 

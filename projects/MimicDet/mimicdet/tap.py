@@ -12,8 +12,8 @@ __all__ = ["MimicDetTap"]
 class MimicDetTap(Tap):
     """Keys ``backbone.*``, ``neck.*``, ``neck`` (levels of the S-head) and ``anchors``.
 
-    The heads have no towers that other detectors share, hence no keys: what MimicDet's own teacher
-    needs of them it takes from the modules.
+    The heads have no towers that other detectors share. ``head.s`` and ``head.t`` are the modules
+    themselves, for MimicDet's own distiller; they are equal if their outputs can be compared.
     """
 
     def keys(self, model):
@@ -23,6 +23,11 @@ class MimicDetTap(Tap):
         result["neck"] = KeyInfo(shapes[model.head_in_features[0]].channels, strides)
         generator = model.refinement.anchor_generator
         result["anchors"] = KeyInfo(None, strides, anchor_signature(generator))
+        for name in ("s", "t"):
+            head = _head(model, name)
+            if head is not None:
+                facts = (model.num_classes, head.num_branches)
+                result[f"head.{name}"] = KeyInfo(head.feature_dim, strides, facts)
         return result
 
     def anchor_strides(self, model):
@@ -35,7 +40,7 @@ class MimicDetTap(Tap):
                 result.add(key.name)
             elif key.group == "anchors":
                 result.add("backbone")
-            else:
+            elif key.group != "head":
                 result |= self.trunk_paths(model, key)
         return result
 
@@ -44,6 +49,8 @@ class MimicDetTap(Tap):
             return [call.output for call in store.calls(key.name)]
         if key.group == "anchors":
             return self._anchors(store)
+        if key.group == "head":
+            return _head(store.model, key.name)
         return self.read_trunk(store, key) if key.name else self._pyramid(store)
 
     def _pyramid(self, store):
@@ -60,3 +67,7 @@ class MimicDetTap(Tap):
         raise ValueError(
             f"module '{stage}' of a MimicDet teacher cannot be observed: only its backbone runs"
         )
+
+
+def _head(model: MimicDet, name: str):
+    return getattr(model, f"{name}_head")

@@ -358,12 +358,16 @@ def test_warning_of_inert_offsets(align, warns, caplog):
         assert "OFFSET_INIT_STD" not in caplog.text
 
 
-def test_pictures_of_training():
-    model = mimicdet_model(**{"VIS_PERIOD": 5})
-    for iteration, pictures in ((4, 0), (5, 1)):
-        with storage(iteration) as events:
-            model(tiny_batch())
-            assert len(events._vis_data) == pictures
+def test_pictures_of_training(monkeypatch):
+    """Every VIS_PERIOD iterations Detectron2 gets detections of the S-head to draw."""
+    model, drawn = mimicdet_model(**{"VIS_PERIOD": 5}), []
+    monkeypatch.setattr(model, "visualize_training", lambda *args: drawn.append(args))
+    losses_of(model, tiny_batch(), iteration=4)
+    assert drawn == []
+    losses_of(model, tiny_batch(), iteration=5)
+    ((inputs, found),) = drawn
+    assert len(inputs) == len(found) == 2
+    assert all(len(x.pred_boxes) == len(x.scores) > 0 for x in found)
 
 
 def test_export(tmp_path):
