@@ -26,7 +26,7 @@ from kd_d2.engine.main import build_config
 _NO_INFO = MethodInfo(title="", paper="", compares="")
 _HEADER = ["Method", "Compares", "Needs", "Published gains", "Paper", "Config keys"]
 # shares of the terminal's width
-_SHARES = [0.09, 0.17, 0.17, 0.22, 0.18, 0.17]
+_SHARES = [0.12, 0.16, 0.16, 0.22, 0.17, 0.17]
 
 
 def build_parser() -> argparse.ArgumentParser:
