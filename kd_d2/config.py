@@ -4,19 +4,35 @@ Defaults reproduce plain Detectron2: a config without any of these keys trains a
 Projects add their own nodes below ``KD`` in their own ``config.py``.
 """
 
+from typing import Collection
+
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as _get_d2_cfg
 from detectron2.utils.registry import Registry
 
 from kd_d2.modeling.config import add_modeling_config
 
-__all__ = ["CONFIG_NODES", "add_kd_config", "add_schedule_config", "get_cfg"]
+__all__ = ["CONFIG_NODES", "add_kd_config", "add_schedule_config", "choice", "get_cfg"]
 
 CONFIG_NODES = Registry("CONFIG_NODES")
 CONFIG_NODES.__doc__ = """
 Functions ``add_xyz_config(cfg)`` of projects and user modules, each adding its own nodes to the
 default config. Importing the module registers the function; :func:`get_cfg` calls all of them.
 """
+
+
+def choice(key: str, value: str, known: Collection[str]) -> str:
+    """Return ``value``, one of ``known``.
+
+    Args:
+        key: config key, for the message.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if value not in known:
+        raise ValueError(f"{key} must be one of {sorted(known)}, got '{value}'")
+    return value
 
 
 def add_schedule_config(node: CN) -> None:

@@ -1,26 +1,13 @@
 """Values of the baselines' config nodes: choices, presets of a detector, adapters."""
 
-from typing import Collection, Mapping, Optional
+from typing import Mapping, Optional
 
 from kd_d2.blocks import ConvAdapter
+from kd_d2.config import choice
 
 __all__ = ["ADAPTERS", "choice", "conv_adapter", "preset"]
 
 ADAPTERS = ("auto", "conv", "none")
-
-
-def choice(key: str, value: str, known: Collection[str]) -> str:
-    """Return ``value``, one of ``known``.
-
-    Args:
-        key: config key, for the message.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    if value not in known:
-        raise ValueError(f"{key} must be one of {sorted(known)}, got '{value}'")
-    return value
 
 
 def preset(key: str, value: float, presets: Mapping[str, float], meta_arch: str) -> float:

@@ -1,10 +1,16 @@
-"""Features at the cells of anchors."""
+"""Dense predictions by anchor, and features at the cells of anchors."""
 
 from typing import List
 
 import torch
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 
-__all__ = ["at_anchors"]
+__all__ = ["anchor_rows", "at_anchors"]
+
+
+def anchor_rows(levels: List[torch.Tensor], width: int) -> torch.Tensor:
+    """Per-level (N, A*width, H, W) -> (N, R, width) in the order of the anchors: fp32, no graph."""
+    return torch.cat([permute_to_N_HWA_K(x.detach().float(), width) for x in levels], dim=1)
 
 
 def at_anchors(

@@ -4,9 +4,9 @@ from typing import List
 
 import torch
 from detectron2.layers import nms
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes, Instances
 
+from .locations import anchor_rows
 from .pair import Block
 from .regions import GISelect
 
@@ -99,8 +99,8 @@ class DenseProposals(RoISet):
 
     @torch.no_grad()
     def _instances(self, ctx):
-        logits = self._rows(ctx.student["pred.cls"], self._classes).amax(dim=2)
-        deltas = self._rows(ctx.student["pred.box"], self._box_dim)
+        logits = anchor_rows(ctx.student["pred.cls"], self._classes).amax(dim=2)
+        deltas = anchor_rows(ctx.student["pred.box"], self._box_dim)
         anchors = Boxes.cat(ctx.student["anchors"]).tensor
         result = []
         for logits_i, deltas_i, size in zip(logits, deltas, ctx.image_sizes):
@@ -118,10 +118,6 @@ class DenseProposals(RoISet):
             keep = nms(found.proposal_boxes.tensor, found.objectness_logits, self._iou)
             result.append(found[keep[: self._num]])
         return result
-
-    @staticmethod
-    def _rows(levels, width: int) -> torch.Tensor:
-        return torch.cat([permute_to_N_HWA_K(x.detach().float(), width) for x in levels], dim=1)
 
 
 class StudentBoxes(RoISet):

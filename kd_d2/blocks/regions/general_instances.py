@@ -3,12 +3,12 @@
 from typing import List
 
 import torch
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes, Instances
 from torchvision.ops import batched_nms
 
 from kd_d2.distillation import require_equal
 
+from ..locations import anchor_rows
 from ..registry import KD_REGIONS
 from .base import AnchorRegion
 
@@ -83,11 +83,11 @@ class GISelect(AnchorRegion):
     @torch.no_grad()
     def _instances(self, ctx):
         sides = (ctx.student, ctx.teacher)
-        ours, theirs = (self._rows(side["pred.cls"], self._classes).sigmoid() for side in sides)
+        ours, theirs = (anchor_rows(side["pred.cls"], self._classes).sigmoid() for side in sides)
         scores, classes = (theirs - ours).abs().max(dim=2)
         at_class = classes[..., None]
         teacher_wins = (theirs.gather(2, at_class) > ours.gather(2, at_class))[..., 0]
-        deltas = [self._rows(side["pred.box"], self._box_dim) for side in sides]
+        deltas = [anchor_rows(side["pred.box"], self._box_dim) for side in sides]
         anchors = ctx.student["anchors"]
         sizes = [len(boxes) for boxes in anchors]
         parts = sizes if self._scope == "level" else [sum(sizes)]
@@ -121,7 +121,3 @@ class GISelect(AnchorRegion):
                 )
             )
         return result
-
-    @staticmethod
-    def _rows(levels, width: int) -> torch.Tensor:
-        return torch.cat([permute_to_N_HWA_K(x.detach().float(), width) for x in levels], dim=1)

@@ -1,8 +1,6 @@
 """Weights by the student's own confidence."""
 
-import torch
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-
+from ..locations import anchor_rows
 from ..registry import KD_REGIONS
 from .base import AnchorRegion
 
@@ -26,5 +24,4 @@ class StudentScore(AnchorRegion):
 
     def anchors(self, ctx):
         levels = ctx.student["pred.cls"]
-        scores = [permute_to_N_HWA_K(x.detach().float(), self._classes).amax(dim=2) for x in levels]
-        return torch.cat(scores, dim=1).sigmoid()
+        return anchor_rows(levels, self._classes).amax(dim=2).sigmoid()

@@ -2,6 +2,8 @@
 
 from typing import Collection, Optional, Union
 
+from kd_d2 import config
+
 __all__ = ["choice", "option"]
 
 Number = Union[int, float]
@@ -13,9 +15,7 @@ def choice(key: str, value: str, known: Collection[str]) -> str:
     Raises:
         ValueError: it is none of them.
     """
-    if value not in known:
-        raise ValueError(f"KD.CROSSKD.{key} must be one of {sorted(known)}, got '{value}'")
-    return value
+    return config.choice(f"KD.CROSSKD.{key}", value, known)
 
 
 def option(key: str, value: Number) -> Optional[Number]:

@@ -2,6 +2,8 @@
 
 from typing import Mapping, TypeVar
 
+from kd_d2 import config
+
 __all__ = ["choice"]
 
 T = TypeVar("T")
@@ -18,6 +20,4 @@ def choice(key: str, value: str, known: Mapping[str, T]) -> T:
     Raises:
         ValueError: ``value`` is not in ``known``.
     """
-    if value not in known:
-        raise ValueError(f"MODEL.MIMICDET.{key} must be one of {sorted(known)}, got '{value}'")
-    return known[value]
+    return known[config.choice(f"MODEL.MIMICDET.{key}", value, known)]

@@ -1,10 +1,11 @@
 """Predictions and targets of all positions of a batch, in common units."""
 
-from typing import Callable, List
+from typing import Callable
 
 import torch
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 
+from kd_d2.blocks import anchor_rows
 from kd_d2.distillation.registry import FamilyRegistry
 from kd_d2.modeling.layers import paired_iou
 from kd_d2.modeling.meta_arch import GFL
@@ -59,7 +60,7 @@ class DenseBatch:
         self.labels = student["assign"].labels
         num_classes = seen.model.num_classes
         self.student_scores, self.teacher_scores = (
-            _flat(side["pred.cls"], num_classes).sigmoid() for side in (student, seen.teacher)
+            anchor_rows(side["pred.cls"], num_classes).sigmoid() for side in (student, seen.teacher)
         )
         self.grid_sizes = [tuple(level.shape[-2:]) for level in student["pred.cls"]]
         self.num_anchors = student["pred.cls"][0].shape[1] // num_classes
@@ -68,7 +69,7 @@ class DenseBatch:
     def decoded(self, side: str) -> torch.Tensor:
         """(P, 4) boxes that "student" or "teacher" predicts at the positives, XYXY, pixels."""
         codec = self._seen.student["codec"]
-        raw = _flat(getattr(self._seen, side)["pred.box"], getattr(codec, "box_dim", 4))
+        raw = anchor_rows(getattr(self._seen, side)["pred.box"], getattr(codec, "box_dim", 4))
         return codec.apply_deltas(raw[self.positions.positive], self._anchors())
 
     def matched(self) -> torch.Tensor:
@@ -106,8 +107,3 @@ class DenseBatch:
 
     def _anchors(self) -> torch.Tensor:
         return self.positions.anchors.expand_as(self.positions.boxes)[self.positions.positive]
-
-
-def _flat(levels: List[torch.Tensor], dim: int) -> torch.Tensor:
-    """Per-level (N, A*dim, H, W) -> (N, R, dim), in the order of the anchors."""
-    return torch.cat([permute_to_N_HWA_K(x.detach().float(), dim) for x in levels], dim=1)
