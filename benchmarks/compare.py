@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Compare distillation methods on one data set: same student, schedule and seeds, one table.
 
-Methods are the YAML files of configs/comparison/<data set>. The teacher (teacher.yaml) is trained
-once, then a student for every (method, seed). Finished runs are kept and an interrupted one is
-continued, so that methods and seeds can be added later.
+Methods are the YAML files of a folder, configs/comparison/<data set> or --configs; plain.yaml is
+the one that all others are compared with. The teacher (teacher.yaml, where methods need one) is
+trained once, then a student for every (method, seed). Finished runs are kept and an interrupted one
+is continued, so that methods and seeds can be added later.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import os
 import platform
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -34,74 +35,105 @@ def main() -> None:
     with short_errors():
         args = parse_args()
         teacher, students = configs(args)
-        check_weights([teacher, *(cfg for _, _, cfg in students)])
-        prepare_data(teacher)
+        plain = _config(args, PLAIN, [])
+        check_weights([*(() if teacher is None else (teacher,)), *(cfg for _, _, cfg in students)])
+        prepare_data(plain)
     torch.set_num_threads(args.threads)
     print(f"compare: everything is written to {args.output}", flush=True)
-    taught = train(teacher, TEACHER)
-    plain = _config(args, PLAIN, [])
+    taught = None
+    if teacher is not None:
+        taught = {**facts(train(teacher, TEACHER)), "overrides": overrides(teacher, plain)}
     runs: List[Dict[str, Any]] = []
     for index, (method, seed, cfg) in enumerate(students):
         result = train(cfg, f"{method}, seed {seed}")
         runs.append(
             {"method": method, "seed": seed, "overrides": overrides(cfg, plain), **facts(result)}
         )
-        write(args, {**facts(taught), "overrides": overrides(teacher, plain)}, runs)
+        write(args, taught, runs)
         left = time_left(runs, [m for m, _, _ in students[index + 1 :]])
         print(
             f"{index + 1} of {len(students)} students finished, {left / 60:.0f} min left",
             flush=True,
         )
-    draw_bars([(args.dataset, bars(runs))], os.path.join(args.output, "results.png"))
+    draw_bars([(args.title, bars(runs))], os.path.join(args.output, "results.png"))
     print(f"\n{Path(args.output, 'results.md').read_text()}")
 
 
 def parse_args() -> argparse.Namespace:
     names = sorted(path.name for path in FOLDER.iterdir())
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=names, default="digit_scenes")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--dataset", choices=names, default="digit_scenes")
+    where.add_argument("--configs", metavar="DIR", help="another folder with the methods' YAMLs")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: all there are")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N")
-    parser.add_argument("--output", metavar="DIR", help="default: output/comparison/<data set>")
+    parser.add_argument("--output", metavar="DIR", help="default: output/comparison/<folder>")
+    parser.add_argument(
+        "--teacher",
+        metavar="DIR",
+        help="folder of the teacher's run, which comparisons may share; default: OUTPUT/teacher",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--opts", nargs="+", default=[], help="KEY VALUE pairs for all networks")
     args = parser.parse_args()
-    args.methods = args.methods or methods(args.dataset)
-    args.output = args.output or os.path.join("output", "comparison", args.dataset)
+    args.folder = Path(args.configs).resolve() if args.configs else FOLDER / args.dataset
+    args.title = title(args.folder)
+    with short_errors():
+        args.methods = args.methods or methods(args.folder)
+    args.output = args.output or os.path.join("output", "comparison", args.title)
+    args.teacher = args.teacher or os.path.join(args.output, TEACHER)
     return args
 
 
-def methods(dataset: str) -> List[str]:
-    """Names of the methods with a YAML, the student alone first."""
-    names = sorted(path.stem for path in (FOLDER / dataset).glob("*.yaml"))
+def title(folder: Path) -> str:
+    """Path of a folder of methods inside this repository without "configs/comparison"."""
+    if ROOT not in folder.parents:
+        return folder.name
+    parts = folder.relative_to(ROOT).parts
+    return "/".join(part for part in parts if part not in ("configs", "comparison"))
+
+
+def methods(folder: Path) -> List[str]:
+    """Names of the methods with a YAML, the student alone first.
+
+    Raises:
+        FileNotFoundError: there is no student alone in ``folder``.
+    """
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if PLAIN not in names:
+        raise FileNotFoundError(f"{folder} has no {PLAIN}.yaml, the student without any teacher")
     return [PLAIN, *(name for name in names if name not in (PLAIN, TEACHER))]
 
 
-def configs(args: argparse.Namespace) -> Tuple[CfgNode, List[Tuple[str, int, CfgNode]]]:
-    """Configs of the teacher and of all students, in the order in which they are trained.
+def configs(
+    args: argparse.Namespace,
+) -> Tuple[Optional[CfgNode], List[Tuple[str, int, CfgNode]]]:
+    """Configs of the teacher, if there is one, and of all students, in the order of training.
 
     All methods of a seed come before the next seed, so that a comparison can be read early.
 
     Raises:
         ValueError: there is no such method.
     """
-    known = methods(args.dataset)
+    known = methods(args.folder)
     for name in args.methods:
         if name not in known:
-            raise ValueError(f"--methods has '{name}'; {args.dataset} has {', '.join(known)}")
-    teacher = _config(args, TEACHER, ["OUTPUT_DIR", os.path.join(args.output, TEACHER)])
-    weights = os.path.join(teacher.OUTPUT_DIR, "model_final.pth")
+            raise ValueError(f"--methods has '{name}'; {args.title} has {', '.join(known)}")
+    teacher, taught_by = None, []
+    if (args.folder / f"{TEACHER}.yaml").is_file():
+        teacher = _config(args, TEACHER, ["OUTPUT_DIR", args.teacher])
+        taught_by = ["KD.TEACHER.WEIGHTS", os.path.join(args.teacher, "model_final.pth")]
     students = []
     for seed in args.seeds:
         for name in args.methods:
             folder = os.path.join(args.output, f"{name}_seed{seed}")
-            opts = ["OUTPUT_DIR", folder, "SEED", str(seed), "KD.TEACHER.WEIGHTS", weights]
+            opts = ["OUTPUT_DIR", folder, "SEED", str(seed), *taught_by]
             students.append((name, seed, _config(args, name, opts)))
     return teacher, students
 
 
 def _config(args: argparse.Namespace, name: str, opts: List[str]) -> CfgNode:
-    return build_config(str(FOLDER / args.dataset / f"{name}.yaml"), [*args.opts, *opts])
+    return build_config(str(args.folder / f"{name}.yaml"), [*args.opts, *opts])
 
 
 def check_weights(cfgs: Sequence[CfgNode]) -> None:
@@ -214,10 +246,12 @@ def _number(value, sign: str = "") -> str:
     return f"{mean:{sign}.2f}" if math.isnan(sd) else f"{mean:{sign}.2f} ± {sd:.2f}"
 
 
-def write(args: argparse.Namespace, teacher: Dict[str, Any], runs: List[Dict[str, Any]]) -> None:
+def write(
+    args: argparse.Namespace, teacher: Optional[Dict[str, Any]], runs: List[Dict[str, Any]]
+) -> None:
     """Write results.json and results.md."""
     content = {
-        "dataset": args.dataset,
+        "dataset": args.title,
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} thread(s) used",
         "opts": args.opts,
         "teacher": teacher,
@@ -226,12 +260,14 @@ def write(args: argparse.Namespace, teacher: Dict[str, Any], runs: List[Dict[str
     with atomic_write(os.path.join(args.output, "results.json")) as f:
         f.write(json.dumps(content, indent=1).encode())
     text = (
-        f"{args.dataset}: COCO metrics in percent, mean ± standard deviation (n - 1); gains are "
-        f"differences to the student alone with the same seed. Teacher: AP "
-        f"{_number(teacher['metrics'].get('AP'))} after {teacher['iterations']} iterations.\n\n"
+        f"{args.title}: COCO metrics in percent, mean ± standard deviation (n - 1); gains are "
+        f"differences to the student alone with the same seed."
     )
+    if teacher is not None:
+        ap, iterations = _number(teacher["metrics"].get("AP")), teacher["iterations"]
+        text += f" Teacher: AP {ap} after {iterations} iterations."
     with atomic_write(os.path.join(args.output, "results.md")) as f:
-        f.write(f"{text}{markdown(runs)}\n".encode())
+        f.write(f"{text}\n\n{markdown(runs)}\n".encode())
 
 
 if __name__ == "__main__":

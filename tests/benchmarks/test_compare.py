@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import sys
+from unittest.mock import ANY
 
 import pytest
 
@@ -86,10 +87,54 @@ def test_time_left(compare):
     assert compare.time_left(runs, ["a", "b", "b", "c"]) == pytest.approx(10 + 30 + 30 + 20)
 
 
-def arguments(compare, dataset, tmp_path, **changes):
-    values = {"dataset": dataset, "seeds": [1, 2], "output": str(tmp_path), "opts": []}
-    values.update(methods=compare.methods(dataset), **changes)
+def arguments(compare, folder, tmp_path, **changes):
+    folder = compare.FOLDER / folder
+    values = {"folder": folder, "title": folder.name, "seeds": [1, 2], "opts": []}
+    values.update(output=str(tmp_path), teacher=str(tmp_path / "teacher"))
+    values.update(methods=compare.methods(folder), **changes)
     return argparse.Namespace(**values)
+
+
+def parsed(compare, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+    return compare.parse_args()
+
+
+def test_folders_and_what_is_written_where(compare, monkeypatch, tmp_path):
+    own = parsed(compare, monkeypatch, "--dataset", "bccd")
+    assert own.folder == ROOT / "configs/comparison/bccd"
+    assert own.output == "output/comparison/bccd"
+    assert own.teacher == "output/comparison/bccd/teacher"
+    monkeypatch.chdir(ROOT)
+    same = parsed(compare, monkeypatch, "--configs", "configs/comparison/bccd")
+    assert vars(same) == {**vars(own), "configs": "configs/comparison/bccd", "dataset": ANY}
+    # a folder of a project is told from another project's of the same name
+    inside = ROOT / "projects/Some/configs/comparison/bccd"
+    assert compare.title(inside) == "projects/Some/bccd"
+    with pytest.raises(SystemExit):
+        parsed(compare, monkeypatch, "--configs", str(tmp_path))
+
+
+def test_folder_of_ones_own_without_a_teacher(compare, monkeypatch, tmp_path):
+    base = ROOT / "configs/DigitScenes/gfl_r18.yaml"
+    for name in ("plain", "other"):
+        (tmp_path / f"{name}.yaml").write_text(f'_BASE_: "{base}"\n')
+    args = parsed(compare, monkeypatch, "--configs", str(tmp_path), "--seeds", "4")
+    assert args.title == tmp_path.name and args.methods == ["plain", "other"]
+    teacher, students = compare.configs(args)
+    assert teacher is None and [(name, seed) for name, seed, _ in students] == [
+        ("plain", 4),
+        ("other", 4),
+    ]
+    assert students[0][2].KD.TEACHER.WEIGHTS == ""
+
+
+def test_a_teacher_that_other_comparisons_share(compare, monkeypatch, tmp_path):
+    args = parsed(compare, monkeypatch, "--dataset", "bccd", "--teacher", str(tmp_path))
+    teacher, students = compare.configs(args)
+    assert teacher.OUTPUT_DIR == str(tmp_path)
+    weights = {cfg.KD.TEACHER.WEIGHTS for _, _, cfg in students}
+    assert weights == {str(tmp_path / "model_final.pth")}
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
