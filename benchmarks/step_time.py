@@ -259,14 +259,21 @@ def measure_time(file: str, args) -> Dict[str, Any]:
             "mechanism": mechanism,
             "KD step": lambda: _step(model, optimizer, batch),
         }
-        times: Dict[str, List[float]] = {name: [] for name in parts}
-        for round_number in range(args.warmup + args.rounds):
-            for name, run in parts.items():
-                seconds = _timed(run, CLOCKS[args.clock])
-                if round_number >= args.warmup:
-                    times[name].append(seconds)
+        times = interleaved(parts, args)
     weights = model.teacher.model.state_dict().values()
     return {**summary(times), "teacher's weights": sum(w.nbytes for w in weights) / MIB}
+
+
+def interleaved(parts: Dict[str, Callable], args) -> Dict[str, List[float]]:
+    """Seconds of each part in each round; all parts run once in a round, after rounds that are
+    not counted."""
+    times: Dict[str, List[float]] = {name: [] for name in parts}
+    for round_number in range(args.warmup + args.rounds):
+        for name, run in parts.items():
+            seconds = _timed(run, CLOCKS[args.clock])
+            if round_number >= args.warmup:
+                times[name].append(seconds)
+    return times
 
 
 def _timed(run: Callable, clock: Callable[[], float]) -> float:
@@ -290,12 +297,12 @@ def summary(times: Dict[str, List[float]]) -> Dict[str, Any]:
     rest = [r["KD step"] - sum(r[name] for name in used) for r in rounds]
     ratio = [r["KD step"] / (r["student step"] + r["teacher forward"]) for r in rounds]
     return {
-        "ratio": _spread(ratio),
-        "seconds": {name: _spread(values) for name, values in {**times, "rest": rest}.items()},
+        "ratio": spread(ratio),
+        "seconds": {name: spread(values) for name, values in {**times, "rest": rest}.items()},
     }
 
 
-def _spread(values: List[float]) -> Dict[str, float]:
+def spread(values: List[float]) -> Dict[str, float]:
     low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     return {"median": statistics.median(values), "quartiles": [low, high]}
 
@@ -335,18 +342,18 @@ def headline(env: Dict[str, Any]) -> str:
 
 def details(result: Dict[str, Any]) -> str:
     lines = [
-        f"  {name:<42} {value['median']:9.4f} s   ({_range(value, 4)})"
+        f"  {name:<42} {value['median']:9.4f} s   ({span(value, 4)})"
         for name, value in result["seconds"].items()
     ]
     ratio = result["ratio"]
     name = "KD step / (student step + teacher forward)"
-    lines.append(f"  {name:<42} {ratio['median']:9.3f}     ({_range(ratio, 3)})")
+    lines.append(f"  {name:<42} {ratio['median']:9.3f}     ({span(ratio, 3)})")
     for name, value in result.get("memory", {}).items():
         lines.append(f"  {'memory: ' + name:<42} {value:9.0f} MiB")
     return "\n".join(lines)
 
 
-def _range(value: Dict[str, Any], digits: int) -> str:
+def span(value: Dict[str, Any], digits: int) -> str:
     low, high = value["quartiles"]
     return f"{low:.{digits}f} to {high:.{digits}f}"
 
@@ -361,7 +368,7 @@ def table(results: List[Dict[str, Any]]) -> str:
     for result in results:
         name = os.path.splitext(os.path.basename(result["config"]))[0]
         seconds = [f"{result['seconds'][c]['median']:.3f}" for c in _COLUMNS]
-        ratio = f"{result['ratio']['median']:.3f} ({_range(result['ratio'], 3)})"
+        ratio = f"{result['ratio']['median']:.3f} ({span(result['ratio'], 3)})"
         memory = result.get("memory")
         extra = "" if memory is None else f"{memory['extra']:+.0f}"
         rows.append([name, *seconds, ratio, extra])
