@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from kd_d2.losses.precision import full_precision
 from kd_d2.modeling.layers import reduce_mean
 
+from .anchors import anchor_sides, check_levels_and_centres
 from .assignment import CenterAssigner
 from .normalisers import CLS_NORMS, REG_NORMS, Counts
 from .options import choice
@@ -93,16 +94,11 @@ class RefinementModule(RPN):
             box_reg_loss_type, smooth_l1_beta: as of ``RPN``; L1 by default.
 
         Raises:
-            ValueError: unknown name, probability outside (0, 1), more than one anchor per cell.
+            ValueError: unknown name, probability outside (0, 1).
         """
         if not 0 < prior_prob < 1:
             raise ValueError(
                 f"MODEL.MIMICDET.REFINE.PRIOR_PROB must lie between 0 and 1, got {prior_prob}"
-            )
-        if set(anchor_generator.num_anchors) != {1}:
-            raise ValueError(
-                "MimicDet has one anchor per cell: MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS "
-                f"must have one value per level, got {anchor_generator.num_anchors} anchors"
             )
         super().__init__(
             in_features=list(in_features),
@@ -133,28 +129,16 @@ class RefinementModule(RPN):
             input_shape: of all levels of the pyramid.
 
         Raises:
-            ValueError: levels that the pyramid lacks, anchors of another size than
-                ``BASE_SCALE`` cells, or not in the centre of their cells.
+            ValueError: levels that the pyramid lacks, or anchors that are not one square of
+                ``BASE_SCALE`` cells in the centre of each cell.
         """
-        in_features, node = cfg.MODEL.RPN.IN_FEATURES, cfg.MODEL.MIMICDET
-        missing = [name for name in in_features if name not in input_shape]
-        if missing:
-            raise ValueError(
-                f"MODEL.RPN.IN_FEATURES is {list(in_features)}, but the backbone returns "
-                f"{list(input_shape)}"
-            )
-        if cfg.MODEL.ANCHOR_GENERATOR.OFFSET != 0.5:
-            raise ValueError(
-                "MODEL.ANCHOR_GENERATOR.OFFSET must be 0.5, the centre of a cell in RoIAlign and "
-                f"in the S-head's kernels, got {cfg.MODEL.ANCHOR_GENERATOR.OFFSET}"
-            )
+        check_levels_and_centres(cfg, input_shape)
+        node = cfg.MODEL.MIMICDET
         # unused ones of RPN are left out
         arguments = super().from_config(cfg, input_shape)
         for name in ("anchor_matcher", "positive_fraction", "anchor_boundary_thresh"):
             del arguments[name]
-        scale = node.REFINE.BASE_SCALE
-        sides = [float(scale * input_shape[name].stride) for name in in_features]
-        _check_anchors(arguments["anchor_generator"], scale, sides)
+        sides = anchor_sides(cfg, input_shape, arguments["anchor_generator"])
         weights = arguments.pop("loss_weight")
         return {
             **arguments,
@@ -322,15 +306,3 @@ class RefinementModule(RPN):
             select_boxes(boxes[i], logits[i], level, size, **options)
             for i, size in enumerate(image_sizes)
         ]
-
-
-def _check_anchors(anchor_generator: nn.Module, scale: float, sides: Sequence[float]) -> None:
-    """Raise ValueError unless all anchors of level i are squares of ``sides[i]`` pixels."""
-    for side, anchors in zip(sides, anchor_generator.cell_anchors):
-        lengths = anchors[:, 2:] - anchors[:, :2]
-        if not torch.allclose(lengths, torch.full_like(lengths, side)):
-            raise ValueError(
-                f"MODEL.MIMICDET.REFINE.BASE_SCALE {scale} needs square anchors of {list(sides)} "
-                f"pixels, but MODEL.ANCHOR_GENERATOR has one of {lengths.tolist()}; set its SIZES "
-                "to these numbers and ASPECT_RATIOS to [[1.0]]"
-            )

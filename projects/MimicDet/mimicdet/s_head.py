@@ -110,7 +110,6 @@ class MimicSHead(nn.Module):
             ValueError: the number of kernels is not that of the levels.
         """
         node, heads = cfg.MODEL.MIMICDET.S_HEAD, cfg.MODEL.ROI_HEADS
-        node, heads = cfg.MODEL.MIMICDET.S_HEAD, cfg.MODEL.ROI_HEADS
         box_head = cfg.MODEL.ROI_BOX_HEAD
         if len(node.KERNELS) != len(input_shape):
             raise ValueError(

@@ -317,6 +317,29 @@ def test_initialisation_and_config():
         assert not layer.bias.any()
 
 
+def test_thresholds_come_from_the_config():
+    """Two boxes of one class, IoU (24 - 6) / (24 + 6) = 0.6; scores 0.42 and 0.21."""
+    boxes = Instances((64, 64))
+    boxes.proposal_boxes = Boxes(torch.tensor([[0.0, 0, 24, 24], [6.0, 0, 30, 24]]))
+    scores = torch.tensor([[0.42, 0.08, 0.5], [0.21, 0.09, 0.7]])
+    output = _output([boxes], scores.log(), torch.zeros(2, 4))
+
+    def detected(**changes):
+        cfg = get_cfg()
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+        values = {"SCORE_THRESH_TEST": 0.1, "NMS_THRESH_TEST": 0.5, **changes}
+        for key, value in values.items():
+            node = cfg.TEST if key in cfg.TEST else cfg.MODEL.ROI_HEADS
+            node[key] = value
+        head = MimicSHead(cfg, [ShapeSpec(channels=8)] * 5)
+        return head.inference(output, [boxes])[0].scores.tolist()
+
+    assert detected() == pytest.approx([0.42])
+    assert detected(NMS_THRESH_TEST=0.65) == pytest.approx([0.42, 0.21])
+    assert detected(NMS_THRESH_TEST=0.65, SCORE_THRESH_TEST=0.3) == pytest.approx([0.42])
+    assert detected(NMS_THRESH_TEST=0.65, DETECTIONS_PER_IMAGE=1) == pytest.approx([0.42])
+
+
 def test_bad_values_name_the_key():
     with pytest.raises(ValueError, match=r"KERNELS \[3, 5, 5, 5, 5\].* 4 levels.*RPN.IN_FEATURES"):
         MimicSHead(get_cfg(), [ShapeSpec(channels=8)] * 4)
