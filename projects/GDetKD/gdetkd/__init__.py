@@ -1,0 +1,5 @@
+"""G-DetKD: a general distillation framework for detectors (arXiv 2108.07482)."""
+
+from .config import add_gdetkd_config
+
+__all__ = ["add_gdetkd_config"]
