@@ -170,6 +170,16 @@ def _rpn_assignment(store: TapStore) -> Assignment:
     return Assignment(torch.stack(labels), torch.stack(boxes), num_classes=1)
 
 
+def _codec_weights(owner) -> tuple:
+    return (tuple(owner.box2box_transform.weights),)
+
+
+def _pooler_type(pooler) -> str:
+    """POOLER_TYPE of a pooler; ``aligned`` is what distinguishes Detectron2's two RoIAligns."""
+    level = pooler.level_poolers[0]
+    return type(level).__name__ + ("V2" if getattr(level, "aligned", False) else "")
+
+
 @KD_TAPS.register_for(GeneralizedRCNN)
 class RCNNTap(Tap):
     """``GeneralizedRCNN`` with ``StandardROIHeads``, ``CascadeROIHeads`` or ``Res5ROIHeads``.
@@ -185,7 +195,9 @@ class RCNNTap(Tap):
         rpn = model.proposal_generator
         strides = tuple(shapes[f].stride for f in rpn.in_features)
         result["rpn.obj"] = KeyInfo(rpn.rpn_head.objectness_logits.out_channels, strides)
-        result["rpn.box"] = KeyInfo(rpn.rpn_head.anchor_deltas.out_channels, strides)
+        result["rpn.box"] = KeyInfo(
+            rpn.rpn_head.anchor_deltas.out_channels, strides, _codec_weights(rpn)
+        )
         result["anchors"] = KeyInfo(None, strides, anchor_signature(rpn.anchor_generator))
         result["assign"] = KeyInfo(None, strides)
         branch = _box_branch(model)
@@ -194,11 +206,15 @@ class RCNNTap(Tap):
         for stage in range(branch.num_stages(model)):
             pooler, _, predictor = branch.modules(model, stage)
             codec = (tuple(predictor.box2box_transform.weights),)
+            # sigmoid scores of single classes instead of a softmax with background
+            scores = ("use_sigmoid_ce",) if getattr(predictor, "use_sigmoid_ce", False) else ()
             infos = {
                 "roi.feat": KeyInfo(levels[0].channels, (), tuple(pooler.output_size)),
                 "roi.embed": KeyInfo(predictor.cls_score.in_features),
-                "roi.cls": KeyInfo(predictor.cls_score.out_features),
-                "roi.box": KeyInfo(predictor.bbox_pred.out_features, (), codec),
+                "roi.cls": KeyInfo(predictor.cls_score.out_features, (), scores),
+                "roi.box": KeyInfo(
+                    predictor.bbox_pred.out_features, (), _codec_weights(predictor)
+                ),
                 "proposals": KeyInfo(),
             }
             for name, info in infos.items():

@@ -1,4 +1,4 @@
-"""Box losses per pair of boxes: 1 - GIoU and -ln IoU."""
+"""Box losses per pair of boxes: 1 - GIoU and -ln IoU; class-aware distance of box deltas."""
 
 from typing import Tuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kd_d2.losses.precision import full_precision
 
-__all__ = ["giou_loss", "iou_log_loss"]
+__all__ = ["class_aware_localisation", "giou_loss", "iou_log_loss"]
 
 
 def giou_loss(
@@ -69,6 +69,43 @@ def iou_log_loss(
         pred, target = full_precision(pred), full_precision(target)
         intersection, union = _areas(pred, target)
         return -(intersection / union.clamp(min=eps)).clamp(min=eps).log()
+
+
+def class_aware_localisation(
+    student: Tensor, teacher: Tensor, class_weights: Tensor, *, detach_targets: bool = True
+) -> Tensor:
+    """|| sum_c p_c (d^t_c - d^s_c) ||_1 of each RoI (G-DetKD, eq. 3; Joint-DetNAS).
+
+    Every class that the teacher believes in draws the deltas of that class; the absolute value
+    stands outside the sum, so differences of opposite sign cancel. Weights (.5, .3) and
+    d^t - d^s = (1,0,0,0), (-1,2,0,0) give |.5 - .3| + |.6| = 0.8.
+
+    Args:
+        student: (R, K, 4) deltas of each foreground class, or (R, 1, 4) of a class-agnostic head,
+            which stand for all classes.
+        teacher: the same, in the student's parametrisation.
+        class_weights: (R, K), the teacher's probabilities of the foreground classes.
+        detach_targets: ``teacher`` and ``class_weights`` are constants.
+
+    Returns:
+        (R,), summed over the 4 deltas, fp32 or fp64.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    rows, classes = class_weights.shape if class_weights.dim() == 2 else (-1, -1)
+    for deltas in (student, teacher):
+        if tuple(deltas.shape) not in ((rows, classes, 4), (rows, 1, 4)):
+            raise ValueError(
+                "Expected deltas of shape (R, K, 4) or (R, 1, 4) and weights of shape (R, K), got "
+                f"{tuple(student.shape)}, {tuple(teacher.shape)} and {tuple(class_weights.shape)}."
+            )
+    with torch.autocast(student.device.type, enabled=False):
+        if detach_targets:
+            teacher, class_weights = teacher.detach(), class_weights.detach()
+        difference = full_precision(teacher) - full_precision(student)
+        weights = full_precision(class_weights).unsqueeze(-1)
+        return (weights * difference).sum(dim=1).abs().sum(dim=1)
 
 
 def _areas(pred: Tensor, target: Tensor) -> Tuple[Tensor, Tensor]:
