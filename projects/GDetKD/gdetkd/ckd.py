@@ -8,6 +8,7 @@ from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kd_d2.config import choice
 from kd_d2.losses.precision import full_precision
 
 from .gather import gather_rows
@@ -104,12 +105,8 @@ class ContrastiveKD(nn.Module):
             ValueError: an unknown name, or a number out of its range.
         """
         super().__init__()
-        for key, value, names in (
-            ("PROJ", proj, ("linear", "mlp")),
-            ("QUEUE_DTYPE", queue_dtype, tuple(QUEUE_DTYPES)),
-        ):
-            if value not in names:
-                raise ValueError(f"KD.GDETKD.CKD.{key} must be one of {names}, got {value!r}")
+        choice("KD.GDETKD.CKD.PROJ", proj, ("linear", "mlp"))
+        choice("KD.GDETKD.CKD.QUEUE_DTYPE", queue_dtype, QUEUE_DTYPES)
         for key, value, fits in (
             ("GAMMA", gamma, gamma > 0),
             ("DIM", dim, dim > 0),
