@@ -9,7 +9,7 @@ from .adapters import Adapter, ConvAdapter, LinearAdapter
 from .box_distances import GIoU, LogIoU, SideL1, TeacherBounded, boxes_of
 from .context_block import ContextBlock
 from .distances import BCE, KL, L1, QFL, Cosine, Distance, SmoothL1, SquaredL2
-from .locations import anchor_rows, at_anchors
+from .locations import anchor_rows, at_anchors, rows_of_anchors
 from .masked_generator import MaskedGenerator
 from .normalisers import Const, Elements, Images, Normaliser, Positives, Weights
 from .pair import Block, Grid, Pair
