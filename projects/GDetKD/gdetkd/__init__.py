@@ -1,5 +1,6 @@
 """G-DetKD: a general distillation framework for detectors (arXiv 2108.07482)."""
 
 from .config import add_gdetkd_config
+from .distiller import GDetKD
 
-__all__ = ["add_gdetkd_config"]
+__all__ = ["GDetKD", "add_gdetkd_config"]
