@@ -173,8 +173,8 @@ class GDetKD(Distiller):
                     scalars[f"ckd_{name}{suffix}"] = getattr(output, name)
             for name, term in self.predictions.items():
                 sums[name].append(term(rois, teacher) / len(batches))
-            scalars[f"num_positive{suffix}"] = rois.positive.sum() / len(rois.boxes)
-        self._log(scalars)
+        if scalars:
+            self._log(scalars)
         return {name: torch.stack(values).sum() for name, values in sums.items()}
 
     def _teacher(self, ctx, rois: RoIBatch, stage: int) -> Dict[str, Tensor]:
