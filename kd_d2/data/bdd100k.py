@@ -1,4 +1,4 @@
-"""BDD100K detection (labels of 2020, "det_20") in Detectron2's dataset format."""
+"""BDD100K detection in Detectron2's dataset format."""
 
 import json
 import logging
@@ -25,6 +25,9 @@ BDD100K_CLASSES = (
     "traffic sign",
 )
 
+# Names in the labels of 2018 -> those in the labels of 2020 ("det_20").
+_ALIASES = {"person": "pedestrian", "motor": "motorcycle", "bike": "bicycle"}
+
 # All images of the set have this size; the label files do not repeat it.
 _HEIGHT, _WIDTH = 720, 1280
 
@@ -35,11 +38,14 @@ def load_bdd100k_json(
     """Images and boxes of a BDD100K label file.
 
     The file has a list of frames (or a dictionary with the list under "frames"), each with a
-    "name" and "labels" of a "category" and a "box2d" of inclusive corners x1, y1, x2, y2. As in
-    the authors' own conversion to COCO a box reaches one pixel beyond its x2 and y2.
+    "name" and "labels" of a "category" and a "box2d" x1, y1, x2, y2. The corners are inclusive:
+    as in the authors' own conversion to COCO (scalabel's ``box2d_to_bbox``, which their published
+    results go through) a box reaches one pixel beyond its x2 and y2. Labels of 2018, with the
+    categories person, motor and bike, are read as well.
 
     Args:
-        json_file: path of det_train.json or det_val.json.
+        json_file: path of det_train.json or det_val.json (2020), or of
+            bdd100k_labels_images_train.json or bdd100k_labels_images_val.json (2018).
         image_root: folder of the split's images.
         class_names: categories to keep, in order; labels of others ("other vehicle", "trailer")
             and labels without a box are left out, and counted in one log line.
@@ -61,34 +67,45 @@ def load_bdd100k_json(
             f"{json_file} is not a label file of BDD100K: it should have a list of frames; use "
             "the files det_train.json and det_val.json of the 2020 labels (det_20)."
         )
-    index = {name: i for i, name in enumerate(class_names)}
     skipped: Counter = Counter()
     dicts = []
-    for frame in frames:
-        annotations = []
-        for label in frame.get("labels") or ():
-            box = label.get("box2d")
-            if box is None or label["category"] not in index:
-                skipped[label["category"]] += 1
-                continue
-            annotations.append(
-                {
-                    "bbox": [box["x1"], box["y1"], box["x2"] + 1, box["y2"] + 1],
-                    "bbox_mode": BoxMode.XYXY_ABS,
-                    "category_id": index[label["category"]],
-                    "iscrowd": int(bool((label.get("attributes") or {}).get("crowd", False))),
-                }
-            )
-        dicts.append(
-            {
-                "file_name": os.path.join(image_root, frame["name"]),
-                "image_id": os.path.splitext(frame["name"])[0],
-                "height": _HEIGHT,
-                "width": _WIDTH,
-                "annotations": annotations,
-            }
-        )
+    for number, frame in enumerate(frames):
+        try:
+            dicts.append(_record(frame, image_root, list(class_names), skipped))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{json_file}: frame {number} is not as in BDD100K ({type(error).__name__}: "
+                f"{error}); mend or remove it."
+            ) from error
     if skipped:
         listed = ", ".join(f"{count} of {name!r}" for name, count in sorted(skipped.items()))
         logger.info("Left out labels of %s: %s.", json_file, listed)
     return dicts
+
+
+def _record(
+    frame: Dict[str, Any], image_root: str, class_names: List[str], skipped: Counter
+) -> Dict[str, Any]:
+    """Detectron2's dictionary of one frame; counts the categories of left out labels."""
+    annotations = []
+    for label in frame.get("labels") or ():
+        box, name = label.get("box2d"), label["category"]
+        name = name if name in class_names else _ALIASES.get(name, name)
+        if box is None or name not in class_names:
+            skipped[label["category"]] += 1
+            continue
+        annotations.append(
+            {
+                "bbox": [box["x1"], box["y1"], box["x2"] + 1, box["y2"] + 1],
+                "bbox_mode": BoxMode.XYXY_ABS,
+                "category_id": class_names.index(name),
+                "iscrowd": int(bool((label.get("attributes") or {}).get("crowd", False))),
+            }
+        )
+    return {
+        "file_name": os.path.join(image_root, frame["name"]),
+        "image_id": os.path.splitext(frame["name"])[0],
+        "height": _HEIGHT,
+        "width": _WIDTH,
+        "annotations": annotations,
+    }

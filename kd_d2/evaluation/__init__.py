@@ -6,10 +6,11 @@ from .build import (
     build_evaluator,
     build_sample_evaluator,
 )
-from .voc import SampledPascalVOCEvaluator
+from .voc import PascalVOCEvaluator, SampledPascalVOCEvaluator
 
 __all__ = [
     "EVALUATOR_BUILDERS",
+    "PascalVOCEvaluator",
     "SampledPascalVOCEvaluator",
     "SubsetEvaluator",
     "build_evaluator",

@@ -4,11 +4,11 @@ import os
 from typing import Any, Callable, Dict, List, Optional
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
 
-from .voc import SampledPascalVOCEvaluator
+from .voc import PascalVOCEvaluator, SampledPascalVOCEvaluator
 
 __all__ = [
     "EVALUATOR_BUILDERS",
@@ -83,19 +83,36 @@ def build_sample_evaluator(
 
 @EVALUATOR_BUILDERS.register()
 def coco(cfg, dataset_name: str, output_folder: str, sampled: bool) -> DatasetEvaluator:
-    """COCO's AP, from the data set's JSON file or from its dictionaries."""
-    json_file = MetadataCatalog.get(dataset_name).get("json_file")
+    """COCO's AP, from the data set's JSON file or from its dictionaries.
+
+    The latter are written in COCO's format once, as <output_folder>/<name>_coco_format.json, and
+    again when the "label_file" of the data set's metadata is newer.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    json_file = metadata.get("json_file")
     if json_file is not None and not os.path.exists(json_file):
         DatasetCatalog.get(dataset_name)  # generates it, or says what is missing
-    evaluator = COCOEvaluator(dataset_name, output_dir=output_folder)
+    cached = os.path.join(output_folder, f"{dataset_name}_coco_format.json")
+    evaluator = COCOEvaluator(
+        dataset_name,
+        output_dir=output_folder,
+        allow_cached_coco=not _older(cached, metadata.get("label_file")),
+    )
     return SubsetEvaluator(evaluator) if sampled else evaluator
 
 
 @EVALUATOR_BUILDERS.register()
 def pascal_voc(cfg, dataset_name: str, output_folder: str, sampled: bool) -> DatasetEvaluator:
-    """Pascal VOC's AP: the 11-point version for 2007, the area for 2012."""
-    kind = SampledPascalVOCEvaluator if sampled else PascalVOCDetectionEvaluator
+    """Pascal VOC's AP: the 11-point version for 2007, the area for 2012; AP70 and AP90 as well."""
+    kind = SampledPascalVOCEvaluator if sampled else PascalVOCEvaluator
     return kind(dataset_name)
+
+
+def _older(path: str, source: Optional[str]) -> bool:
+    """Whether a file was written before its source."""
+    if source is None or not (os.path.exists(path) and os.path.exists(source)):
+        return False
+    return os.path.getmtime(path) < os.path.getmtime(source)
 
 
 def _builder(dataset_name: str) -> Callable[..., DatasetEvaluator]:

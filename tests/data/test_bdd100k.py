@@ -67,3 +67,25 @@ def test_other_files_are_refused(tmp_path):
     path.write_text("[")
     with pytest.raises(ValueError, match="labels.json is not a JSON file"):
         load_bdd100k_json(str(path), "")
+
+
+def test_labels_of_2018(tmp_path):
+    box = {"x1": 1, "y1": 2, "x2": 3, "y2": 4}
+    names = ("person", "motor", "bike", "drivable area", "lane")
+    labels = [{"category": name, "box2d": box} for name in names[:3]]
+    labels += [{"category": name, "poly2d": []} for name in names[3:]]
+    path = tmp_path / "bdd100k_labels_images_val.json"
+    path.write_text(json.dumps([{"name": "a.jpg", "labels": labels}]))
+    (record,) = load_bdd100k_json(str(path), "")
+    found = [BDD100K_CLASSES[a["category_id"]] for a in record["annotations"]]
+    assert found == ["pedestrian", "motorcycle", "bicycle"]
+    # a class that is asked for by that name is no alias
+    (record,) = load_bdd100k_json(str(path), "", ("bike", "person", "pedestrian"))
+    assert [a["category_id"] for a in record["annotations"]] == [1, 0]
+
+
+def test_broken_frame_is_named(tmp_path):
+    path = tmp_path / "det_val.json"
+    path.write_text(json.dumps([*FRAMES, {"name": "d.jpg", "labels": [{"box2d": {}}]}]))
+    with pytest.raises(ValueError, match="det_val.json: frame 3 is not as .*KeyError: 'category'"):
+        load_bdd100k_json(str(path), "")

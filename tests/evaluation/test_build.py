@@ -1,11 +1,13 @@
 """Evaluators give the full score to the ground truth, and know every registered kind."""
 
 import json
+import os
+import time
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
@@ -13,6 +15,7 @@ from kd_d2.config import get_cfg
 from kd_d2.data import build_sample_loader, register_all
 from kd_d2.evaluation import (
     EVALUATOR_BUILDERS,
+    PascalVOCEvaluator,
     SampledPascalVOCEvaluator,
     SubsetEvaluator,
     build_evaluator,
@@ -154,6 +157,36 @@ def test_pascal_voc(cfg, tmp_path):
         assert result["AP50"] == pytest.approx(100 * 2 / 20)
 
 
+def test_pascal_voc_thresholds(cfg, tmp_path):
+    write_voc(tmp_path)
+    records = DatasetCatalog.get("voc_2007_test")
+    outputs = []
+    # dogs are 26 pixels wide: shifted by w they have IoU (26 - w) / (26 + w)
+    for record, shift in zip(records, (0, 2, 4, 6)):  # 1, 0.857, 0.733, 0.625
+        output = ground_truth(record)
+        dogs = output["instances"].pred_classes == 11
+        output["instances"] = output["instances"][dogs]
+        output["instances"].pred_boxes.tensor[:, 0::2] += shift
+        output["instances"].scores -= 0.1 * shift  # worse ones come later
+        outputs.append(output)
+    evaluator = build_evaluator(cfg, "voc_2007_test")
+    assert type(evaluator) is PascalVOCEvaluator
+    result = evaluate(evaluator, records, outputs)
+    # 11 points of recall at precision 1: 11, 8, 6 and 3 of them for 4, 3, 2 and 1 dogs
+    expected = {"AP50": 11, "AP70": 8, "AP75": 6, "AP90": 3}
+    for name, points in expected.items():
+        assert result[name] == pytest.approx(100 / 20 * points / 11), name
+    assert list(result) == ["AP", "AP50", "AP70", "AP75", "AP90"]
+    # three thresholds with all four, two with three, 0.75 to 0.85 with two, two with one
+    assert result["AP"] == pytest.approx(100 / 20 * (3 * 11 + 2 * 8 + 3 * 6 + 2 * 3) / 11 / 10)
+    theirs = evaluate(PascalVOCDetectionEvaluator("voc_2007_test"), records, outputs)
+    for name, value in theirs.items():
+        assert result[name] == pytest.approx(value)
+    sampled = evaluate(build_sample_evaluator(cfg, "voc_2007_test"), records[:2], outputs[:2])
+    assert sampled["AP70"] == pytest.approx(100 / 20)
+    assert sampled["AP90"] == pytest.approx(100 / 20 * 6 / 11)
+
+
 def test_bdd100k_is_converted(cfg, tmp_path):
     labels = tmp_path / "bdd100k" / "labels" / "det_20"
     labels.mkdir(parents=True)
@@ -177,6 +210,33 @@ def test_bdd100k_is_converted(cfg, tmp_path):
 def test_missing_annotations_are_explained(cfg):
     with pytest.raises(FileNotFoundError, match="bccd_test was looked for in"):
         build_evaluator(cfg, "bccd_test")
+
+
+def test_cache_of_bdd100k_follows_its_label_file(cfg, tmp_path):
+    labels = tmp_path / "bdd100k" / "labels" / "det_20"
+    labels.mkdir(parents=True)
+    (tmp_path / "bdd100k" / "images" / "100k" / "val").mkdir(parents=True)
+    box = {"x1": 10, "y1": 20, "x2": 109, "y2": 79}
+    file = labels / "det_val.json"
+    for age, number in ((20, 1), (10, 2)):
+        label = {"category": "bike", "box2d": box}
+        frames = [{"name": "a.jpg", "labels": [label] * number}, {"name": "b.jpg"}]
+        file.write_text(json.dumps(frames))
+        os.utime(file, (time.time() + 1000 - age,) * 2)
+        # as a new process would see it
+        MetadataCatalog.get("bdd100k_val").__dict__.pop("json_file", None)
+        build_evaluator(cfg, "bdd100k_val")
+        (cache,) = (tmp_path / "output" / "inference").glob("*.json")
+        os.utime(cache, (time.time() + 985,) * 2)
+        content = json.loads(cache.read_text())
+        assert len(content["images"]) == 2 and len(content["annotations"]) == number
+    assert content["annotations"][0]["bbox"] == [10, 20, 100, 60]
+    # an up-to-date one is taken as it is
+    cache.write_text(json.dumps({**content, "annotations": []}))
+    os.utime(cache, (time.time() + 2000,) * 2)
+    MetadataCatalog.get("bdd100k_val").__dict__.pop("json_file", None)
+    build_evaluator(cfg, "bdd100k_val")
+    assert json.loads(cache.read_text())["annotations"] == []
 
 
 @pytest.mark.parametrize("build", [build_evaluator, build_sample_evaluator])
