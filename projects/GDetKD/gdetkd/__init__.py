@@ -1,5 +1,10 @@
 """G-DetKD: a general distillation framework for detectors (arXiv 2108.07482)."""
 
+from . import dense_rois, hetero_prediction  # noqa: F401  (registered)
+
+    dense_rois,
+    hetero_prediction,
+)
 from .config import add_gdetkd_config
 from .distiller import GDetKD
 

@@ -7,7 +7,6 @@ from detectron2.config import configurable
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from kd_d2.blocks.locations import anchor_rows, at_anchors, rows_of_anchors
@@ -112,7 +111,6 @@ class DenseRoIs(StudentRoIs):
             batch.cls = rows_of_anchors(student["pred.cls"], self.num_classes, images, numbers)
             batch.box = rows_of_anchors(student["pred.box"], self._box_dim, images, numbers)
             batch.anchors = Boxes.cat(student["anchors"]).tensor[numbers]
-        _log(batch)
         return [batch]
 
     @torch.no_grad()
@@ -158,15 +156,6 @@ def _check_sampling(num_samples: int, pos_fraction: float, pos_iou: float) -> No
     for name, value in (("POS_FRACTION", pos_fraction), ("POS_IOU", pos_iou)):
         if not 0 < value <= 1:
             raise ValueError(f"KD.GDETKD.DENSE.{name} must be in (0, 1], got {value}")
-
-
-def _log(batch: RoIBatch) -> None:
-    """Log foreground and background boxes an image."""
-    positive = int(batch.positive.sum())
-    total, images = len(batch.gt_classes), max(len(batch.boxes), 1)
-    storage = get_event_storage()
-    storage.put_scalar("gdetkd/num_fg_samples", positive / images)
-    storage.put_scalar("gdetkd/num_bg_samples", (total - positive) / images)
 
 
 STUDENT_ROIS._do_register("dense", DenseRoIs)
