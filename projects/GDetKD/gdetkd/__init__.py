@@ -1,10 +1,6 @@
 """G-DetKD: a general distillation framework for detectors (arXiv 2108.07482)."""
 
-from . import dense_rois, hetero_prediction  # noqa: F401  (registered)
-
-    dense_rois,
-    hetero_prediction,
-)
+from . import dense_rois, hetero_prediction  # noqa: F401  (register dense students)
 from .config import add_gdetkd_config
 from .distiller import GDetKD
 
