@@ -82,9 +82,8 @@ class SGFI(nn.Module):
                 nn.Flatten(),
             )
             self.log_tau = nn.Parameter(torch.tensor(math.log(tau)))
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                c2_xavier_fill(layer)
+        # not f_embed: keys of torch's smaller start values make alpha nearly uniform at first
+        c2_xavier_fill(self.adapt)
 
     def forward(self, student: Tensor, teacher: Tensor) -> SGFIOutput:
         """Return loss, weights and temperature.
