@@ -91,9 +91,12 @@ def add_kd_config(cfg: CN) -> None:
 
     cfg.KD.INIT_STUDENT = CN()
     # Parameters and buffers whose name starts with one of these prefixes are copied from the
-    # teacher after MODEL.WEIGHTS was loaded ("inheriting", head transfer). Not on --resume.
+    # teacher after MODEL.WEIGHTS was loaded ("inheriting"). Not on --resume. Both sides must have
+    # the same names and shapes below them, and for heads the same anchors, box weights, RoI
+    # pooling and classes. ("proposal_generator.rpn_head", "roi_heads") is G-DetKD's head
+    # transfer; mask and keypoint heads only come along when a prefix names them.
     cfg.KD.INIT_STUDENT.PREFIXES = ()
-    # The copied parameters are not trained.
+    # The copied parameters are not trained. On --resume they must still be the teacher's.
     cfg.KD.INIT_STUDENT.FREEZE = False
 
     # Multiplies SOLVER.BASE_LR for the parameters of distillers (adapters, projections).

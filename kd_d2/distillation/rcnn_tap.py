@@ -205,16 +205,14 @@ class RCNNTap(Tap):
         result["neck"] = KeyInfo(levels[0].channels, tuple(level.stride for level in levels))
         for stage in range(branch.num_stages(model)):
             pooler, _, predictor = branch.modules(model, stage)
-            codec = (tuple(predictor.box2box_transform.weights),)
+            pooling = (*pooler.output_size, _pooler_type(pooler))
             # sigmoid scores of single classes instead of a softmax with background
             scores = ("use_sigmoid_ce",) if getattr(predictor, "use_sigmoid_ce", False) else ()
             infos = {
-                "roi.feat": KeyInfo(levels[0].channels, (), tuple(pooler.output_size)),
+                "roi.feat": KeyInfo(levels[0].channels, (), pooling),
                 "roi.embed": KeyInfo(predictor.cls_score.in_features),
                 "roi.cls": KeyInfo(predictor.cls_score.out_features, (), scores),
-                "roi.box": KeyInfo(
-                    predictor.bbox_pred.out_features, (), _codec_weights(predictor)
-                ),
+                "roi.box": KeyInfo(predictor.bbox_pred.out_features, (), _codec_weights(predictor)),
                 "proposals": KeyInfo(),
             }
             for name, info in infos.items():

@@ -1,6 +1,10 @@
-"""``KD.INIT_STUDENT``: parts of the student that are copied from the teacher, maybe for good."""
+"""``KD.INIT_STUDENT``: parts of the student that are copied from the teacher, maybe for good.
 
-from typing import Dict, Iterable, List
+Copying a whole head and freezing it is G-DetKD's "head transfer". The prefixes are then
+("proposal_generator.rpn_head", "roi_heads").
+"""
+
+from typing import Dict, Iterable, List, Mapping, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -8,44 +12,122 @@ from detectron2.engine import HookBase
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["FrozenStatistics", "copy_from_teacher", "freeze_prefixes"]
+from kd_d2.distillation import KeyInfo
+
+__all__ = [
+    "FrozenStatistics",
+    "check_inheritance",
+    "check_unchanged",
+    "copy_from_teacher",
+    "freeze_prefixes",
+    "inherited_names",
+]
+
+# Heads that "roi_heads" does not mean: teachers often have them, students of boxes seldom.
+_OTHER_HEADS = ("roi_heads.mask_", "roi_heads.keypoint_")
+
+# The same weights mean something else unless both networks agree on this: beginning of names ->
+# {key of the tap: (what it says, config keys)}. Of keys with stages, e.g. "roi.box[2]", all count.
+_AGREEMENTS: Dict[str, Dict[str, Tuple[str, str]]] = {
+    "proposal_generator.rpn_head.": {
+        "anchors": ("anchor cells (RPN)", "MODEL.ANCHOR_GENERATOR, MODEL.RPN.IN_FEATURES"),
+        "rpn.box": ("box weights of the RPN", "MODEL.RPN.BBOX_REG_WEIGHTS"),
+    },
+    "roi_heads.": {
+        "roi.feat": (
+            "resolution and type of the RoI pooler",
+            "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION, POOLER_TYPE",
+        ),
+        "roi.box": (
+            "box weights of the RoI head",
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS, MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS",
+        ),
+        "roi.cls": ("number of classes, with background", "MODEL.ROI_HEADS.NUM_CLASSES"),
+    },
+    "head.bbox_pred.": {
+        "anchors": ("anchor cells", "MODEL.ANCHOR_GENERATOR"),
+        "codec": ("box codec", "BBOX_REG_WEIGHTS of the head"),
+    },
+}
+
+
+def inherited_names(names: Iterable[str], prefixes: Sequence[str]) -> List[str]:
+    """Return those of ``names`` that start with a prefix.
+
+    Mask and keypoint heads are meant only by a prefix of their own, e.g. "roi_heads.mask_head".
+    """
+    result = []
+    for name in names:
+        head = next((h for h in _OTHER_HEADS if name.startswith(h)), "")
+        if any(name.startswith(prefix) and prefix.startswith(head) for prefix in prefixes):
+            result.append(name)
+    return result
 
 
 def freeze_prefixes(cfg: CfgNode, student: nn.Module) -> None:
-    """Exclude what ``KD.INIT_STUDENT.FREEZE`` names from training; before the optimizer exists.
-
-    Raises:
-        ValueError: a prefix matches no parameter or buffer.
-    """
+    """Exclude what ``KD.INIT_STUDENT.FREEZE`` names from training; before the optimizer exists."""
     node = cfg.KD.INIT_STUDENT
     if cfg.KD.ENABLED and node.FREEZE:
         parameters = dict(student.named_parameters())
-        for name in _with_prefixes(student.state_dict(), node.PREFIXES, "student"):
-            if name in parameters:
-                parameters[name].requires_grad_(False)
+        for name in inherited_names(parameters, node.PREFIXES):
+            parameters[name].requires_grad_(False)
+
+
+def check_inheritance(
+    prefixes: Sequence[str],
+    student: Mapping[str, torch.Tensor],
+    teacher: Mapping[str, torch.Tensor],
+    student_keys: Mapping[str, KeyInfo],
+    teacher_keys: Mapping[str, KeyInfo],
+) -> None:
+    """Raise unless the teacher's parts fit the student and mean the same there.
+
+    Args:
+        prefixes: KD.INIT_STUDENT.PREFIXES.
+        student, teacher: state dicts.
+        student_keys, teacher_keys: what the taps know of both.
+
+    Raises:
+        ValueError: names, shapes, anchors, box weights, pooling or classes differ; the message
+            lists every difference.
+    """
+    problems = _differences(prefixes, student, teacher)
+    problems += _disagreements(inherited_names(student, prefixes), student_keys, teacher_keys)
+    _raise(problems, prefixes)
 
 
 @torch.no_grad()
 def copy_from_teacher(
-    student: nn.Module, state: Dict[str, torch.Tensor], prefixes: Iterable[str]
+    student: nn.Module, state: Mapping[str, torch.Tensor], prefixes: Sequence[str]
 ) -> None:
     """Copy the entries of a teacher's state dict that start with one of ``prefixes``.
 
     Raises:
-        ValueError: a prefix matches nothing on one side, an entry is missing in the teacher, or
-            shapes differ; the message names the entry.
+        ValueError: names or shapes differ; the message lists every difference.
     """
     own = student.state_dict()
-    _with_prefixes(state, prefixes, "teacher")
-    for name in _with_prefixes(own, prefixes, "student"):
-        if name not in state:
-            raise ValueError(f"KD.INIT_STUDENT: the teacher has no '{name}'")
-        if state[name].shape != own[name].shape:
-            raise ValueError(
-                f"KD.INIT_STUDENT: '{name}' has shape {tuple(own[name].shape)} in the student and "
-                f"{tuple(state[name].shape)} in the teacher"
-            )
+    _raise(_differences(prefixes, own, state), prefixes)
+    for name in inherited_names(own, prefixes):
         own[name].copy_(state[name])
+
+
+def check_unchanged(
+    student: nn.Module, state: Mapping[str, torch.Tensor], prefixes: Sequence[str]
+) -> None:
+    """Raise unless the frozen parts of a resumed student are the teacher's, bit by bit.
+
+    Raises:
+        ValueError: they are not; the message lists the entries.
+    """
+    own = student.state_dict()
+    _raise(_differences(prefixes, own, state), prefixes)
+    changed = [n for n in inherited_names(own, prefixes) if not torch.equal(own[n], state[n])]
+    if changed:
+        raise ValueError(
+            "KD.INIT_STUDENT.FREEZE: these entries of the resumed student are not the teacher's: "
+            f"{', '.join(changed)}. The checkpoint was written with another KD.TEACHER.WEIGHTS or "
+            "without FREEZE; resume with the same keys, or start a new run in another OUTPUT_DIR"
+        )
 
 
 class FrozenStatistics(HookBase):
@@ -54,16 +136,16 @@ class FrozenStatistics(HookBase):
     Before each step, because training starts, and evaluation ends, with ``model.train()``.
     """
 
-    def __init__(self, student: nn.Module, prefixes: Iterable[str]):
+    def __init__(self, student: nn.Module, prefixes: Sequence[str]):
         """
         Args:
             prefixes: as KD.INIT_STUDENT.PREFIXES.
         """
-        prefixes = tuple(prefixes)
         self._modules = [
             module
             for path, module in student.named_modules()
-            if isinstance(module, _BatchNorm) and f"{path}.running_mean".startswith(prefixes)
+            if isinstance(module, _BatchNorm)
+            and inherited_names([f"{path}.running_mean"], prefixes)
         ]
 
     def before_step(self):
@@ -71,12 +153,54 @@ class FrozenStatistics(HookBase):
             module.eval()
 
 
-def _with_prefixes(names: Iterable[str], prefixes: Iterable[str], where: str) -> List[str]:
-    names = list(names)
-    for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in names):
-            raise ValueError(
-                f"KD.INIT_STUDENT.PREFIXES: no parameter or buffer of the {where} starts with "
-                f"'{prefix}'"
-            )
-    return [name for name in names if name.startswith(tuple(prefixes))]
+def _differences(prefixes, student, teacher) -> List[str]:
+    """Return one line for every prefix without a match and every name or shape that differs."""
+    lines = []
+    for side, state in (("student", student), ("teacher", teacher)):
+        lines += [
+            f"no parameter or buffer of the {side} starts with '{prefix}'"
+            for prefix in prefixes
+            if not inherited_names(state, [prefix])
+        ]
+    for name in inherited_names(dict.fromkeys([*student, *teacher]), prefixes):
+        if name not in teacher:
+            lines.append(f"the teacher has no '{name}'")
+        elif name not in student:
+            lines.append(f"the student has no '{name}'")
+        elif student[name].shape != teacher[name].shape:
+            ours, theirs = tuple(student[name].shape), tuple(teacher[name].shape)
+            lines.append(f"'{name}' has shape {ours} in the student and {theirs} in the teacher")
+    return lines
+
+
+def _disagreements(names: Sequence[str], student_keys, teacher_keys) -> List[str]:
+    lines = []
+    for beginning, facts in _AGREEMENTS.items():
+        if not any(name.startswith(beginning) for name in names):
+            continue
+        for key in student_keys:
+            stem, _, stage = key.partition("[")
+            # a key without a stage repeats stage 0
+            if stem not in facts or key not in teacher_keys or (stem + "[0]" == key):
+                continue
+            ours, theirs = (_facts(keys[key]) for keys in (student_keys, teacher_keys))
+            if ours != theirs:
+                what, mend = facts[stem]
+                where = f" of stage {stage[:-1]}" if stage else ""
+                lines.append(f"{what}{where} ({mend}): student {ours}, teacher {theirs}")
+    return lines
+
+
+def _facts(info: KeyInfo) -> tuple:
+    # widths of feature maps are part of the shapes; those of predictions tell classes
+    return tuple(x for x in (info.channels, info.strides, info.signature) if x)
+
+
+def _raise(problems: Sequence[str], prefixes: Sequence[str]) -> None:
+    if problems:
+        raise ValueError(
+            f"KD.INIT_STUDENT.PREFIXES {tuple(prefixes)} cannot be copied from this teacher to "
+            "this student:\n- " + "\n- ".join(problems) + "\nBuild the student's part like the "
+            "teacher's, or drop the prefixes at fault: a dense student has no two-stage head, and "
+            "heads of other widths (C4 of R-18 and R-50) do not fit"
+        )

@@ -31,7 +31,13 @@ from kd_d2.distillation.distiller import DISTILLER_REGISTRY
 from kd_d2.evaluation import build_evaluator
 
 from .hooks import TeacherEvaluation
-from .init_student import FrozenStatistics, copy_from_teacher, freeze_prefixes
+from .init_student import (
+    FrozenStatistics,
+    check_inheritance,
+    check_unchanged,
+    copy_from_teacher,
+    freeze_prefixes,
+)
 from .optimizer import build_optimizer
 from .random_state import preserve_random_state, seed_random_state
 from .resume import LoaderRestart, RankStateSnapshot, RestartedPreciseBN
@@ -155,11 +161,13 @@ class KDTrainer(DefaultTrainer):
             teacher = build_teacher(cfg) if cls._needs_teacher(cfg) else None
             if teacher is not None:
                 logger.info(f"Teacher: {teacher.describe()}")
-            distillers, schedules = build_distillers(
-                cfg,
-                build_tap(student).keys(student),
-                teacher.keys if teacher is not None else {},
-            )
+            student_keys = build_tap(student).keys(student)
+            teacher_keys = teacher.keys if teacher is not None else {}
+            prefixes = cfg.KD.INIT_STUDENT.PREFIXES
+            if prefixes:
+                states = student.state_dict(), teacher.state_to_copy()
+                check_inheritance(prefixes, *states, student_keys, teacher_keys)
+            distillers, schedules = build_distillers(cfg, student_keys, teacher_keys)
             model = KDModel(
                 student=student,
                 distillers=distillers,
@@ -309,12 +317,20 @@ class KDTrainer(DefaultTrainer):
 
     # ------------------------------------------------------------------------------- state
     def resume_or_load(self, resume: bool = True):
-        """Resume, or load MODEL.WEIGHTS and then copy ``KD.INIT_STUDENT.PREFIXES``."""
+        """Resume, or load MODEL.WEIGHTS and then copy ``KD.INIT_STUDENT.PREFIXES``.
+
+        Raises:
+            ValueError: what ``KD.INIT_STUDENT.FREEZE`` froze in the resumed student is not the
+                teacher's.
+        """
         super().resume_or_load(resume=resume)
-        if self.start_iter == 0 and self.cfg.KD.INIT_STUDENT.PREFIXES and self.teacher is not None:
-            copy_from_teacher(
-                self.student, self.teacher.state_to_copy(), self.cfg.KD.INIT_STUDENT.PREFIXES
-            )
+        inherited = self.cfg.KD.INIT_STUDENT
+        if not inherited.PREFIXES or self.teacher is None:
+            return
+        if self.start_iter == 0:
+            copy_from_teacher(self.student, self.teacher.state_to_copy(), inherited.PREFIXES)
+        elif inherited.FREEZE:
+            check_unchanged(self.student, self.teacher.state_to_copy(), inherited.PREFIXES)
 
     def state_dict(self):
         state = super().state_dict()

@@ -83,11 +83,11 @@ def test_keys_with_widths_and_strides(family):
             "neck.res4": KeyInfo(256, (16,)),
             "neck": KeyInfo(256, (16,)),
             "rpn.obj": KeyInfo(9, (16,)),  # 3 sizes, 3 aspect ratios
-            "rpn.box": KeyInfo(36, (16,)),
+            "rpn.box": KeyInfo(36, (16,), ((1.0, 1.0, 1.0, 1.0),)),
             "assign": KeyInfo(None, (16,)),
         }
         anchor_sizes = [(16, 32, 64)]
-        roi = (KeyInfo(256, (), (6, 6)), 512, 4 * K, (10.0, 10.0, 5.0, 5.0))
+        roi = (KeyInfo(256, (), (6, 6, "ROIAlignV2")), 512, 4 * K, (10.0, 10.0, 5.0, 5.0))
     else:
         strides = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
         widths = {"res2": (64, 4), "res3": (128, 8), "res4": (256, 16), "res5": (512, 32)}
@@ -96,12 +96,12 @@ def test_keys_with_widths_and_strides(family):
             **{f"neck.{name}": KeyInfo(32, (stride,)) for name, stride in strides.items()},
             "neck": KeyInfo(32, (4, 8, 16, 32)),  # what the RoI head pools from: no p6
             "rpn.obj": KeyInfo(3, tuple(strides.values())),
-            "rpn.box": KeyInfo(12, tuple(strides.values())),
+            "rpn.box": KeyInfo(12, tuple(strides.values()), ((1.0, 1.0, 1.0, 1.0),)),
             "assign": KeyInfo(None, tuple(strides.values())),
         }
         anchor_sizes = [(16,), (32,), (64,), (96,), (128,)]
         boxes = 4 if family == "Cascade" else 4 * K
-        roi = (KeyInfo(32, (), (5, 5)), 48, boxes, (10.0, 10.0, 5.0, 5.0))
+        roi = (KeyInfo(32, (), (5, 5, "ROIAlignV2")), 48, boxes, (10.0, 10.0, 5.0, 5.0))
     codecs = [roi[3], (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)]
     for stage in range(NUM_STAGES[family]):
         for suffix in (f"[{stage}]", "") if stage == 0 else (f"[{stage}]",):

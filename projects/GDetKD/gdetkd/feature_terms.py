@@ -107,7 +107,7 @@ class SGFITerm(FeatureTerm):
             if value < 0:
                 raise ValueError(f"KD.GDETKD.SGFI.{key} must be at least 0, got {value}")
         num_levels = self.weighted_levels(levels)
-        self.size = tuple(roi_feat.signature)
+        self.size = tuple(roi_feat.signature[:2])
         if num_levels > 1 and min(self.size) < MIN_SIZE:
             raise ValueError(
                 f"KD.GDETKD.FEAT.MODE 'sgfi' embeds RoI features of at least {MIN_SIZE}x{MIN_SIZE} "
