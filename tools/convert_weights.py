@@ -58,6 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the keys of a torchvision backbone (default: %(default)s; '' for a bare one)",
     )
     parser.add_argument(
+        "--res5",
+        default="",
+        help="of the keys of a torchvision ResNet's last stage, if that is not in the backbone: "
+        "'roi_heads.res5.' for detectors with a C4 head, with --prefix backbone.",
+    )
+    parser.add_argument(
         "--config-file",
         help="build the model of this config and check that it takes the result; also sets to 0 "
         "the conv biases that the source lacks",
@@ -95,7 +101,7 @@ def convert(args: argparse.Namespace) -> Conversion:
     """
     state_dict = unwrap_state_dict(load_checkpoint_file(args.input))
     if args.source == "torchvision":
-        result = convert_torchvision(state_dict, prefix=args.prefix)
+        result = convert_torchvision(state_dict, prefix=args.prefix, res5=args.res5)
     else:
         result = convert_mmdetection(state_dict)
     comparison = None

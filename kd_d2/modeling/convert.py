@@ -111,21 +111,22 @@ def _stage(match, template: str, stage: int) -> str:
     return match.expand(template).replace("{stage}", str(stage))
 
 
-def _resnet_rules(source: str, target: str) -> List[_Rule]:
-    # torchvision and mmdetection share these names.
+def _resnet_rules(source: str, target: str, last: str) -> List[_Rule]:
+    # torchvision and mmdetection share these names. ``last`` stands before the blocks of res5.
     source = re.escape(source)
+    prefixes = {stage: f"{target}res{stage}." for stage in (2, 3, 4)} | {5: last}
 
     def stage(template):
-        return lambda m: target + _stage(m, template, int(m.group(1)) + 1)
+        return lambda m: prefixes[int(m.group(1)) + 1] + m.expand(template)
 
-    block = source + r"layer(\d)\.(\d+)\."
+    block = source + r"layer([1-4])\.(\d+)\."
     return [
         _Rule(source + r"conv1\.(weight)", target + r"stem.conv1.\1"),
         _Rule(source + r"bn1\.(\w+)", target + r"stem.conv1.norm.\1"),
-        _Rule(block + r"conv(\d)\.(weight)", stage(r"res{stage}.\2.conv\3.\4")),
-        _Rule(block + r"bn(\d)\.(\w+)", stage(r"res{stage}.\2.conv\3.norm.\4")),
-        _Rule(block + r"downsample\.0\.(weight)", stage(r"res{stage}.\2.shortcut.\3")),
-        _Rule(block + r"downsample\.1\.(\w+)", stage(r"res{stage}.\2.shortcut.norm.\3")),
+        _Rule(block + r"conv(\d)\.(weight)", stage(r"\2.conv\3.\4")),
+        _Rule(block + r"bn(\d)\.(\w+)", stage(r"\2.conv\3.norm.\4")),
+        _Rule(block + r"downsample\.0\.(weight)", stage(r"\2.shortcut.\3")),
+        _Rule(block + r"downsample\.1\.(\w+)", stage(r"\2.shortcut.norm.\3")),
     ]
 
 
@@ -317,7 +318,7 @@ def unwrap_state_dict(checkpoint: Mapping) -> Dict[str, Tensor]:
 
 
 def convert_torchvision(
-    state_dict: Mapping[str, Tensor], prefix: str = "backbone.bottom_up."
+    state_dict: Mapping[str, Tensor], prefix: str = "backbone.bottom_up.", res5: str = ""
 ) -> Conversion:
     """Convert a torchvision classifier to the names of a backbone.
 
@@ -329,17 +330,21 @@ def convert_torchvision(
     Args:
         state_dict: torchvision's.
         prefix: of the target keys; "" for a bare backbone.
+        res5: of the target keys of a ResNet's last stage if that is elsewhere: for detectors with a
+            C4 head "roi_heads.res5." (and ``prefix`` "backbone.").
 
     Raises:
-        ValueError: the keys are of no known family.
+        ValueError: the keys are of no known family, or ``res5`` is given for another than ResNet.
     """
+    if res5 and "layer1.0.conv1.weight" not in state_dict:
+        raise ValueError(f"only a ResNet has a last stage that could become '{res5}'")
     # A classifier says nothing about the rest of a detector.
-    outside = (f"(?!{re.escape(prefix)}).*",) if prefix else ()
+    own = "|".join(re.escape(p) for p in (prefix, res5) if p)
+    outside = (f"(?!{own}).*",) if prefix else ()
     head = [(r"(fc|head|classifier\.\d+)\.\w+", _CLASSIFIER)]
     if "layer1.0.conv1.weight" in state_dict:
-        return _apply(
-            "torchvision ResNet", state_dict, _resnet_rules("", prefix), head, absent=outside
-        )
+        rules = _resnet_rules("", prefix, res5 or prefix + "res5.")
+        return _apply("torchvision ResNet", state_dict, rules, head, absent=outside)
     if "features.1.0.attn.relative_position_bias_table" in state_dict:
         # Maps of the earlier stages are not normalised in a classifier.
         norms = (re.escape(prefix) + r"norm[012]\.(weight|bias)",)
@@ -397,7 +402,7 @@ def convert_mmdetection(state_dict: Mapping[str, Tensor]) -> Conversion:
             )
     target = "backbone.bottom_up."
     if "backbone.layer1.0.conv1.weight" in state_dict:
-        family, backbone = "ResNet", _resnet_rules("backbone.", target)
+        family, backbone = "ResNet", _resnet_rules("backbone.", target, target + "res5.")
     elif "backbone.patch_embed.projection.weight" in state_dict:
         family, backbone = "Swin Transformer", _mmdetection_swin_rules(target)
     else:
