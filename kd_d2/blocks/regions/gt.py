@@ -90,6 +90,10 @@ class BoxRegion(CellRegion):
         """
         raise NotImplementedError
 
+    def own_level(self, boxes: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Return (G,) the index in ``grids`` of the one level that a box counts on with "fpn"."""
+        return fpn_level(boxes, len(grids))
+
     def cells(self, ctx, grids):
         images = [
             self._image(gt.gt_boxes.tensor.float(), size, grids)
@@ -100,7 +104,7 @@ class BoxRegion(CellRegion):
     def _image(self, boxes: Tensor, size, grids: Sequence[Grid]):
         if not len(boxes):
             return [boxes.new_zeros(grid.height, grid.width) for grid in grids]
-        own = fpn_level(boxes, len(grids))
+        own = self.own_level(boxes, grids)
         levels = []
         for index, grid in enumerate(grids):
             rows, columns = self.sides(boxes, grid, size)
