@@ -2,6 +2,7 @@
 
 from kd_d2.checkpoint.atomic import atomic_save, atomic_write, remove_stale
 from kd_d2.checkpoint.checkpointer import KDCheckpointer
+from kd_d2.checkpoint.fitting import load_weights
 from kd_d2.checkpoint.report import KeyReport, compare
 from kd_d2.checkpoint.safe_config import (
     load_yaml_config,
@@ -26,6 +27,7 @@ __all__ = [
     "compare",
     "file_sha256",
     "load_checkpoint_file",
+    "load_weights",
     "load_yaml_config",
     "merge_opts",
     "read_config_file",

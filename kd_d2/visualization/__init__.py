@@ -3,6 +3,14 @@
 from .bars import draw_bars
 from .curves import draw_curves
 from .detections import draw_detections
+from .matrices import draw_matrices
 from .page import html_page, markdown_table
 
-__all__ = ["draw_bars", "draw_curves", "draw_detections", "html_page", "markdown_table"]
+__all__ = [
+    "draw_bars",
+    "draw_curves",
+    "draw_detections",
+    "draw_matrices",
+    "html_page",
+    "markdown_table",
+]

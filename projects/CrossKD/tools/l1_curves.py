@@ -22,6 +22,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from tqdm import tqdm
 
+from kd_d2.checkpoint import load_weights
 from kd_d2.data import build_sample_loader
 from kd_d2.distillation import freeze
 from kd_d2.engine.main import short_errors
@@ -29,7 +30,7 @@ from kd_d2.evaluation import build_sample_evaluator
 from kd_d2.projects.crosskd.analysis.dense import DenseBatch
 from kd_d2.projects.crosskd.analysis.images import load_images
 from kd_d2.projects.crosskd.analysis.l1_curves import L1Distances, find_checkpoints
-from kd_d2.projects.crosskd.analysis.observer import PREDICTIONS, Observer, load_weights
+from kd_d2.projects.crosskd.analysis.observer import PREDICTIONS, Observer
 from kd_d2.projects.crosskd.analysis.pictures import draw_panels
 
 PANELS = {

@@ -29,6 +29,9 @@ class DenseRoIs(StudentRoIs):
     Ground-truth boxes are not among them: no cell of the student has made them. A row's
     representation is what the output layer reads at the cell that predicted the box. An FCOS
     starts with hardly any positive box, a RetinaNet starts with its anchors.
+
+    Attributes:
+        outputs: whether the batches have ``cls``, ``box`` and ``anchors``.
     """
 
     @configurable
@@ -52,7 +55,7 @@ class DenseRoIs(StudentRoIs):
             pos_iou: smallest IoU of a foreground box with its ground truth.
             strict_ratio: at most (1 - pos_fraction) / pos_fraction background boxes a foreground
                 box, instead of filling up to ``num_samples``.
-            outputs: whether the batches have ``cls`` and ``box``.
+            outputs: see above.
 
         Raises:
             ValueError: an unknown branch, a number out of its range, or a sum of towers of
@@ -76,7 +79,7 @@ class DenseRoIs(StudentRoIs):
         self._box_dim = student_keys["pred.box"].channels // self.num_anchors
         self._pos_fraction, self._strict = pos_fraction, strict_ratio
         self._matcher = Matcher([pos_iou], [0, 1], allow_low_quality_matches=False)
-        self._outputs = outputs
+        self.outputs = outputs
 
     @classmethod
     def from_config(cls, cfg, student_keys):
@@ -106,7 +109,7 @@ class DenseRoIs(StudentRoIs):
             ),
             anchor=numbers % self.num_anchors,
         )
-        if self._outputs:
+        if self.outputs:
             student = ctx.student
             batch.cls = rows_of_anchors(student["pred.cls"], self.num_classes, images, numbers)
             batch.box = rows_of_anchors(student["pred.box"], self._box_dim, images, numbers)

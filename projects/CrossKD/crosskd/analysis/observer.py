@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from kd_d2.checkpoint import KDCheckpointer
+from kd_d2.checkpoint import load_weights
 from kd_d2.distillation import Distiller, KDModel, Teacher, build_tap
 
 from ..compatibility import check_pair
@@ -107,25 +107,6 @@ class Observer:
             image_sizes=self._probe.image_sizes,
             losses=losses,
         )
-
-
-def load_weights(model: nn.Module, path: str, allow_unsafe: bool = False) -> Dict[str, Any]:
-    """Load a checkpoint that has to fit, and return what it holds beside the model.
-
-    Raises:
-        ValueError: keys are missing, unexpected or of another shape.
-        FileNotFoundError: there is no such file.
-    """
-    if not path:
-        raise ValueError("the path of the student's checkpoint is empty")
-    checkpointer = KDCheckpointer(model, allow_unsafe=allow_unsafe)
-    extra = checkpointer.load(path)
-    if not checkpointer.last_report.ok:
-        raise ValueError(
-            f"{path} does not fit the student of --config-file:\n"
-            f"{checkpointer.last_report.format()}"
-        )
-    return extra
 
 
 def student_of(cfg, weights: str) -> nn.Module:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kd_d2.projects.crosskd.analysis.images import choose_indices, load_images, rgb_picture
+from kd_d2.data import choose_indices
+from kd_d2.projects.crosskd.analysis.images import load_images, rgb_picture
 from tests.fixtures import registered_toy_dataset, tiny_cfg
 
 
