@@ -20,7 +20,7 @@ from kd_d2.config import get_cfg
 
 from .fuse import fuse_norms
 from .recorder import near_matches
-from .taps import KeyInfo, StagedRun, build_tap
+from .taps import Key, KeyInfo, StagedRun, build_tap
 
 __all__ = ["TEACHER_REGISTRY", "DetectorTeacher", "Teacher", "build_teacher", "freeze"]
 
@@ -121,7 +121,8 @@ class DetectorTeacher(Teacher):
     """A frozen detector with a config and a checkpoint of its own.
 
     It sees the student's un-normalised images with its own pixel statistics and channel order,
-    padded to the student's padded size.
+    padded to the student's padded size; where only ``roi.*`` keys are needed, further to a multiple
+    of its own size divisibility.
     """
 
     @configurable
@@ -220,6 +221,11 @@ class DetectorTeacher(Teacher):
         return teacher_cfg
 
     def start(self, batched_inputs, padded_size, needs, gt_instances=None):
+        needs = list(needs)
+        if all(Key.parse(key).group == "roi" for key in needs):
+            # nothing is compared cell by cell, and boxes are the same in a larger image
+            step = max(self.model.backbone.size_divisibility, 1)
+            padded_size = tuple(-(-side // step) * step for side in padded_size)
         images = self.preprocess(batched_inputs, padded_size)
         return TeacherRun(self.tap.run(self.model, images, needs, gt_instances, check=False))
 

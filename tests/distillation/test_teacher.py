@@ -84,6 +84,24 @@ def test_a_teacher_without_divisibility_takes_any_size():
     assert images.shape == (2, 3, 41, 51)
 
 
+def test_rois_alone_are_pooled_from_an_image_of_any_size():
+    """Boxes of a C4 student, whose images need not be multiples of 32: the teacher pads further,
+    exactly as Detectron2 would."""
+    model = tiny_model("GeneralizedRCNN")
+    teacher = teacher_of(model)
+    batch = tiny_batch(sizes=[(97, 131), (65, 33)])
+    boxes = [x["instances"].gt_boxes for x in batch]
+    found = teacher.start(batch, (97, 131), ["roi.feat"]).run(["roi.feat"], boxes)["roi.feat"]
+    images = model.preprocess_image(batch)
+    assert images.tensor.shape[-2:] == (128, 160)
+    with torch.no_grad():
+        features = model.backbone(images.tensor)
+        expected = model.roi_heads.box_pooler([features[f"p{i}"] for i in range(2, 6)], boxes)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="97x131, which is no multiple"):
+        teacher.start(batch, (97, 131), ["roi.feat", "neck"])
+
+
 # --------------------------------------------------------------------------------- run on a batch
 def test_nothing_runs_before_a_key_is_read():
     teacher = teacher_of(tiny_model("RetinaNet"))
