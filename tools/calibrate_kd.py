@@ -7,12 +7,14 @@
 Runs training iterations on the config's data without changing a weight (or with --train), and
 prints for every term the norm of its gradient at the pyramid and at the student's parameters,
 divided by that of the detection losses of the same iteration. The suggested weights bring the
-mean ratio at the pyramid to the target. Runs in one process, in fp32, without the schedules of the
+mean ratio at the pyramid to the target; with --by-term that of every term to the target which its
+distiller declares. Runs in one process, in fp32, without the schedules of the
 distillers; nothing is written.
 
 Ratios are far too large while the student's head is at its random initialisation, and change all
 through training. Train on before measuring (--warmup), give the weights of a trained student
-(MODEL.WEIGHTS), and log KD.GRAD_RATIO_PERIOD during training.
+(MODEL.WEIGHTS), and log KD.GRAD_RATIO_PERIOD during training. Distillers with adapters or queues
+pull at random while these are new: train them first (--train-distillers).
 """
 
 import argparse
@@ -33,11 +35,12 @@ from kd_d2.engine.calibration import (
     build_run,
     measure,
     train,
+    train_distillers,
     training_update,
     warnings_of,
 )
 from kd_d2.engine.main import check, short_errors
-from kd_d2.engine.weight_suggestions import Suggestion, suggest
+from kd_d2.engine.weight_suggestions import Suggestion, power_of_two, suggest
 
 _HEADER = ["loss", "weight", "raw value", "at the pyramid", "min .. max", "at the parameters"]
 
@@ -61,6 +64,28 @@ def build_parser() -> argparse.ArgumentParser:
         default=1.0,
         help="wanted gradient norm of each distiller relative to the detection losses' "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--plain-warmup",
+        action="store_true",
+        help="in the iterations of --warmup the student learns from the detection losses only",
+    )
+    parser.add_argument(
+        "--train-distillers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="then train only the distillers' own parameters for N iterations, which also fills "
+        "their queues (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--by-term",
+        action="store_true",
+        help="every term reaches the ratio that its distiller declares; --target-ratio is for "
+        "distillers that declare none",
+    )
+    parser.add_argument(
+        "--power-of-two", action="store_true", help="round what is suggested to powers of two"
     )
     parser.add_argument(
         "--train", action="store_true", help="train on while measuring, as the config says"
@@ -89,12 +114,18 @@ def calibrate(args: argparse.Namespace) -> Dict[str, Any]:
             "--target-ratio must be positive, --iterations at least 1 and --warmup not negative, "
             f"got {args.target_ratio}, {args.iterations} and {args.warmup}"
         )
+    if args.train_distillers < 0:
+        raise ValueError(f"--train-distillers must not be negative, got {args.train_distillers}")
     cfg = check(args)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED)
     cfg, model, batches, random_head = build_run(cfg)
     update = training_update(cfg, model) if args.train or args.warmup else None
     if args.warmup:
-        train(model, batches, args.warmup, update, progress=_bar("warming up", args.warmup))
+        learner = model.student if args.plain_warmup else model
+        train(learner, batches, args.warmup, update, progress=_bar("warming up", args.warmup))
+    if args.train_distillers:
+        bar = _bar("training distillers", args.train_distillers)
+        train_distillers(cfg, model, batches, args.train_distillers, progress=bar)
     pulls = measure(
         model,
         batches,
@@ -115,12 +146,21 @@ def calibrate(args: argparse.Namespace) -> Dict[str, Any]:
         "iterations": args.iterations,
         "images per iteration": cfg.SOLVER.IMS_PER_BATCH,
         "warmup": args.warmup,
+        "plain warmup": args.plain_warmup,
+        "distillers trained": args.train_distillers,
         "trained": args.train,
         "device": str(torch.device(cfg.MODEL.DEVICE)),
         "torch": torch.__version__,
         "target ratio": args.target_ratio,
         "pulls": pulls,
-        "suggestions": suggest(cfg, model, pulls, args.target_ratio),
+        "suggestions": suggest(
+            cfg,
+            model,
+            pulls,
+            args.target_ratio,
+            by_term=args.by_term,
+            rounded=power_of_two if args.power_of_two else float,
+        ),
         "warnings": notes,
     }
 
@@ -148,7 +188,11 @@ def as_text(result: Dict[str, Any], markdown: bool = False) -> str:
     detection = pulls[-1]
     rows = [_row(pull) for pull in pulls[:-1]]
     how = "trained on" if result["trained"] else "without changing a weight"
-    how += f", after {result['warmup']} of training" if result["warmup"] else ""
+    if result["warmup"]:
+        kind = "plain training" if result["plain warmup"] else "training"
+        how += f", after {result['warmup']} of {kind}"
+    if result["distillers trained"]:
+        how += f", distillers trained for {result['distillers trained']} by themselves"
     lines = [
         f"{result['iterations']} iterations of {result['images per iteration']} images, {how}. "
         "Ratios are gradient norms divided by those of the detection losses, mean ± standard "
@@ -162,12 +206,15 @@ def as_text(result: Dict[str, Any], markdown: bool = False) -> str:
     ]
     lines += [f"warning: {text}" for text in result["warnings"]]
     lines += [""] if result["warnings"] else []
-    lines.append(f"For a ratio of {result['target ratio']:g}:")
+    by_term = any(item.targets for item in result["suggestions"])
+    lines.append(
+        f"For a ratio of {result['target ratio']:g}" + (" or as wanted:" if by_term else ":")
+    )
     bullet = "* " if markdown else "  "
     overrides = []
     for item in result["suggestions"]:
         lines += [bullet + text for text in _suggestion(item)]
-        overrides += [f"{c.key} {_short(c.suggested)}" for c in item.changes]
+        overrides += [f"{c.key} {_weight(c.suggested)}" for c in item.changes]
     if overrides:
         lines += ["", ("`{}`" if markdown else "{}").format(" ".join(overrides))]
     return "\n".join(lines)
@@ -189,15 +236,17 @@ def _suggestion(item: Suggestion) -> List[str]:
     if not math.isfinite(item.factor):
         return [f"{item.label}: nothing can be said, no gradient was measured"]
     where = "" if item.group == "pyramid" else " (at the parameters: no pyramid is trained)"
-    head = f"{item.label}: {_short(item.measured)} now{where}, "
+    wanted = ", ".join(f"{term} {_short(ratio)}" for term, ratio in item.targets.items())
+    wanted = f"wanted {wanted}: " if wanted else ""
+    head = f"{item.label}: {_short(item.measured)} now{where}, {wanted}"
     if item.changes:
         changes = ", ".join(
-            f"{c.key} {_short(c.now)} -> {_short(c.suggested)}" for c in item.changes
+            f"{c.key} {_short(c.now)} -> {_weight(c.suggested)}" for c in item.changes
         )
         lines = [head + changes]
     else:
         lines = [head + f"multiply its weights by {_short(item.factor)}"]
-    if len(item.alone) > 1:
+    if len(item.alone) > 1 and not item.targets:
         alone = ", ".join(f"{term} {_short(weight)}" for term, weight in item.alone.items())
         lines.append(f"{item.label}, each term by itself at the target: weights {alone}")
     return lines
@@ -205,6 +254,11 @@ def _suggestion(item: Suggestion) -> List[str]:
 
 def _short(value: float) -> str:
     return f"{value:.3g}"
+
+
+def _weight(value: float) -> str:
+    """Powers of two exactly."""
+    return f"{value:.12g}" if math.frexp(value)[0] == 0.5 else _short(value)
 
 
 def _pm(spread: Spread) -> str:

@@ -1,5 +1,6 @@
 """Base class and registry of distillation methods."""
 
+from types import MappingProxyType
 from typing import Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple
 
 import torch
@@ -37,6 +38,9 @@ class Distiller(nn.Module):
     needs_teacher: bool = True
     # True: load_teacher_state is called when the networks are put together.
     copies_teacher: bool = False
+    # term -> gradient norm at the pyramid, relative to that of the detection losses, that its
+    # weight should give it: for tools/calibrate_kd.py --by-term. Empty: no such wish.
+    target_ratios: Mapping[str, float] = MappingProxyType({})
     # Paper, demands on the pair and published gains, for people who choose a method.
     info: Optional[MethodInfo] = None
 

@@ -25,6 +25,7 @@ from typing import (
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from kd_d2.checkpoint import KDCheckpointer
 from kd_d2.distillation import KDModel, ModuleRecorder, gradient_norms
@@ -40,6 +41,7 @@ __all__ = [
     "measure",
     "step_gradients",
     "train",
+    "train_distillers",
     "training_update",
     "warnings_of",
 ]
@@ -152,18 +154,59 @@ def build_run(cfg: CfgNode) -> Run:
 
 
 def train(
-    model: KDModel,
+    model: nn.Module,
     batches: Iterator[List[Dict[str, Any]]],
     iterations: int,
     update: Callable[[torch.Tensor], None],
     *,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
-    """Train for ``iterations`` steps as the config says, without measuring anything."""
+    """Train for ``iterations`` steps as the config says, without measuring anything.
+
+    Args:
+        model: a :class:`KDModel`, or its student alone for detection losses only.
+        batches: training data, endless.
+        iterations: number of steps.
+        update: called with the total loss of each.
+        progress: wraps the steps, e.g. in a progress bar.
+    """
     for i, batch in enumerate(progress(itertools.islice(batches, iterations))):
         with EventStorage(i):
             total = sum(model(batch).values())
         update(total)
+
+
+def train_distillers(
+    cfg: CfgNode,
+    model: KDModel,
+    batches: Iterator[List[Dict[str, Any]]],
+    iterations: int,
+    *,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> None:
+    """Train adapters and fill queues for ``iterations`` steps while the student stands still.
+
+    Otherwise the first gradients measured are those of random adapters. Optimizer and learning
+    rates are the config's; schedules of the distillers are left out.
+    """
+    trained = [p for p in model.student.parameters() if p.requires_grad]
+    schedules, model.schedules = model.schedules, {}
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        if any(p.requires_grad for p in model.distillers.parameters()):
+            update = training_update(cfg, model)
+        else:
+            update = _nothing
+        train(model, batches, iterations, update, progress=progress)
+    finally:
+        model.schedules = schedules
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _nothing(total: torch.Tensor) -> None:
+    """An update where there is nothing to train."""
 
 
 def training_update(cfg: CfgNode, model: KDModel) -> Callable[[torch.Tensor], None]:

@@ -1,8 +1,8 @@
 """Config keys that weight a distiller's terms, and their values for a given gradient ratio."""
 
 import math
-from dataclasses import dataclass
-from typing import Dict, Iterator, List, Mapping, Sequence, Tuple
+from dataclasses import dataclass, field
+from typing import Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 from detectron2.config import CfgNode
 
@@ -11,7 +11,7 @@ from kd_d2.distillation import DISTILLER_REGISTRY, KDModel, build_distillers, bu
 from .calibration import Pull
 from .random_state import preserve_random_state
 
-__all__ = ["KeyChange", "Suggestion", "suggest", "weight_keys"]
+__all__ = ["KeyChange", "Suggestion", "power_of_two", "suggest", "weight_keys"]
 
 # probed values of a key; a weight is what a term's factor is proportional to
 _PROBES = (2.0, 3.0)
@@ -28,15 +28,17 @@ class KeyChange:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """How a distiller reaches the target: all its terms change by the same factor.
+    """How a distiller reaches the target: all its terms change by the same factor, or, where
+    ``targets`` are given, each by its own.
 
     Attributes:
         label: of the distiller.
         measured: mean ratio of all its terms together.
         group: where, "pyramid", or "parameters" if no pyramid is trained.
-        factor: target / measured; NaN if nothing could be measured.
+        factor: target (sum of the targets) / measured; NaN if nothing could be measured.
         changes: keys to set; empty if no key could be told.
         alone: term -> weight at which the term by itself has the target ratio.
+        targets: term -> wanted ratio; empty: one for all of them together.
     """
 
     label: str
@@ -45,6 +47,7 @@ class Suggestion:
     factor: float
     changes: Tuple[KeyChange, ...]
     alone: Dict[str, float]
+    targets: Mapping[str, float] = field(default_factory=dict)
 
 
 def weight_keys(cfg: CfgNode, model: KDModel) -> Dict[str, Dict[str, Dict[str, float]]]:
@@ -102,13 +105,29 @@ def _weights(cfg, entry, key, value, student, teacher) -> Dict[str, float]:
     return dict(distiller.weights)
 
 
-def suggest(cfg: CfgNode, model: KDModel, pulls: Sequence[Pull], target: float) -> List[Suggestion]:
+def power_of_two(value: float) -> float:
+    """Return the power of two nearest to a positive ``value`` as a ratio: 3 -> 4, 2.8 -> 2."""
+    return 2.0 ** round(math.log2(value))
+
+
+def suggest(
+    cfg: CfgNode,
+    model: KDModel,
+    pulls: Sequence[Pull],
+    target: float,
+    *,
+    by_term: bool = False,
+    rounded: Callable[[float], float] = float,
+) -> List[Suggestion]:
     """Return how each distiller reaches ``target``, keeping the balance between its terms.
 
     Args:
         cfg: of the run.
         pulls: as :func:`kd_d2.engine.calibration.measure` returns them.
         target: gradient norm of a distiller relative to that of the detection losses.
+        by_term: bring each term to the distiller's own ``target_ratios`` instead, where it has
+            some.
+        rounded: applied to the suggested values.
 
     Raises:
         ValueError: ``target`` is not positive.
@@ -119,30 +138,50 @@ def suggest(cfg: CfgNode, model: KDModel, pulls: Sequence[Pull], target: float) 
     group = "pyramid" if by_name["detection"].norms["pyramid"].max else "parameters"
     keys = weight_keys(cfg, model)
 
-    def factor(name: str) -> float:
+    def factor(name: str, wanted: float) -> float:
         measured = by_name[name].ratios[group].mean
-        return target / measured if measured > 0 else math.nan
+        return wanted / measured if measured > 0 else math.nan
 
     result = []
     for label, distiller in model.distillers.items():
         names = {term: f"{label}/{term}" for term in distiller.terms}
         total = label if len(names) > 1 else next(iter(names.values()))
+        weights = {term: weight for term, weight in distiller.weights.items() if weight}
+        targets = {t: distiller.target_ratios[t] for t in weights if t in distiller.target_ratios}
+        if by_term and targets:
+            factors = {t: factor(names[t], wanted) for t, wanted in targets.items()}
+            cover = _single_keys(keys[label], targets)
+            whole = factor(total, sum(targets.values()))
+        else:
+            targets, whole = {}, factor(total, target)
+            factors = {term: whole for term in weights}
+            cover = _cover(keys[label], distiller.weights)
         changes = []
-        for key, terms in _cover(keys[label], distiller.weights):
-            term = next(term for term in terms if term in distiller.weights)
-            value = distiller.weights[term] / terms[term] * factor(total)
-            changes.append(KeyChange(key, _value(cfg, key), value))
+        for key, terms in cover:
+            term = next(term for term in terms if term in factors)
+            value = weights[term] / terms[term] * factors[term]
+            if math.isfinite(value):
+                changes.append(KeyChange(key, _value(cfg, key), rounded(value)))
         result.append(
             Suggestion(
                 label=label,
                 measured=by_name[total].ratios[group].mean,
                 group=group,
-                factor=factor(total),
-                changes=tuple(changes) if math.isfinite(factor(total)) else (),
-                alone={t: w * factor(names[t]) for t, w in distiller.weights.items() if w},
+                factor=whole,
+                changes=tuple(changes),
+                alone={t: w * factor(names[t], targets.get(t, target)) for t, w in weights.items()},
+                targets=targets,
             )
         )
     return result
+
+
+def _single_keys(
+    keys: Mapping[str, Mapping[str, float]], terms: Mapping[str, float]
+) -> List[Tuple[str, Mapping[str, float]]]:
+    """Of each term the key that scales it and no other; terms without one are left out."""
+    found = {next(iter(scaled)): key for key, scaled in keys.items() if len(scaled) == 1}
+    return [(found[term], keys[found[term]]) for term in terms if term in found]
 
 
 def _cover(

@@ -12,7 +12,7 @@ from kd_d2.distillation import (
     build_tap,
 )
 from kd_d2.engine.calibration import Pull, Spread
-from kd_d2.engine.weight_suggestions import suggest, weight_keys
+from kd_d2.engine.weight_suggestions import power_of_two, suggest, weight_keys
 from tests.engine.support import isolated_registries
 from tests.fixtures import teacher_of, tiny_cfg, tiny_model
 
@@ -121,3 +121,50 @@ def test_without_a_gradient_nothing_is_suggested():
     cfg = tiny_cfg("GFL", **{"KD.DISTILLERS": ("PKD",)})
     (item,) = suggest(cfg, built(cfg), [pull("pkd/feat", 0.0), pull("detection", 1.0)], 1.0)
     assert item.changes == () and item.factor != item.factor
+
+
+def test_each_term_reaches_its_own_target(odd, monkeypatch):
+    monkeypatch.setattr(Odd, "target_ratios", {"x": 0.5, "y": 0.25, "off": 0.5})
+    cfg = get_cfg()
+    cfg.KD.DISTILLERS = ("Odd",)
+    model = built(cfg)
+    measured = {"odd/x": 0.1, "odd/y": 1.0, "odd/off": 0.0, "odd": 1.5, "detection": 1.0}
+    pulls = [pull(name, value) for name, value in measured.items()]
+    (item,) = suggest(cfg, model, pulls, 1.0, by_term=True)
+    # PART scales x alone; no key scales y alone
+    assert [(c.key, c.now, c.suggested) for c in item.changes] == [
+        ("KD.ODD.PART", 0.5, pytest.approx(2.5))
+    ]
+    assert item.targets == {"x": 0.5, "y": 0.25}
+    assert item.alone == pytest.approx({"x": 5.0, "y": 0.5})
+    assert item.factor == pytest.approx(0.75 / 1.5)
+    (item,) = suggest(cfg, model, pulls, 1.0, by_term=True, rounded=power_of_two)
+    assert [c.suggested for c in item.changes] == [2.0]
+    # without the wish all terms change alike
+    (item,) = suggest(cfg, model, pulls, 1.5)
+    assert [(c.key, c.suggested) for c in item.changes] == [("KD.ODD.LAMBDA", 2.0)]
+    assert item.targets == {}
+
+
+def test_by_term_is_nothing_where_nothing_is_declared():
+    cfg = tiny_cfg("GFL", **{"KD.DISTILLERS": ("PKD",)})
+    pulls = [pull("pkd/feat", 0.5), pull("detection", 1.0)]
+    model = built(cfg)
+    assert suggest(cfg, model, pulls, 2.0, by_term=True) == suggest(cfg, model, pulls, 2.0)
+
+
+def test_a_term_without_gradient_is_left_out(odd, monkeypatch):
+    monkeypatch.setattr(Odd, "target_ratios", {"x": 0.5, "y": 0.25})
+    cfg = get_cfg()
+    cfg.KD.DISTILLERS = ("Odd",)
+    names = {"odd/x": 0.0, "odd/y": 1.0, "odd/off": 0.0, "odd": 1.0, "detection": 1.0}
+    pulls = [pull(name, value) for name, value in names.items()]
+    (item,) = suggest(cfg, built(cfg), pulls, 1.0, by_term=True, rounded=power_of_two)
+    assert item.changes == ()
+
+
+@pytest.mark.parametrize(
+    "value, expected", [(1.0, 1.0), (3.0, 4.0), (2.8, 2.0), (0.3, 0.25), (0.7, 0.5), (100, 128)]
+)
+def test_nearest_power_of_two(value, expected):
+    assert power_of_two(value) == expected

@@ -38,6 +38,8 @@ class GDetKD(Distiller):
     boxes of the first stage; the others are averaged over the stages.
     """
 
+    # Ours: the paper has no weights. Together at most 1.5 times the detection gradient.
+    target_ratios = {"feat": 0.5, "ckd": 0.5, "cls": 0.25, "reg": 0.25}
     info = MethodInfo(
         title="G-DetKD: general distillation for detectors",
         paper="Yao et al., G-DetKD: Towards General Distillation Framework for Object Detectors "
