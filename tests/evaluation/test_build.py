@@ -162,7 +162,7 @@ def test_pascal_voc_thresholds(cfg, tmp_path):
     records = DatasetCatalog.get("voc_2007_test")
     outputs = []
     # dogs are 26 pixels wide: shifted by w they have IoU (26 - w) / (26 + w)
-    for record, shift in zip(records, (0, 2, 4, 6)):  # 1, 0.857, 0.733, 0.625
+    for record, shift in zip(records, (1, 2, 4, 6)):  # 0.926, 0.857, 0.733, 0.625
         output = ground_truth(record)
         dogs = output["instances"].pred_classes == 11
         output["instances"] = output["instances"][dogs]
@@ -177,8 +177,8 @@ def test_pascal_voc_thresholds(cfg, tmp_path):
     for name, points in expected.items():
         assert result[name] == pytest.approx(100 / 20 * points / 11), name
     assert list(result) == ["AP", "AP50", "AP70", "AP75", "AP90"]
-    # three thresholds with all four, two with three, 0.75 to 0.85 with two, two with one
-    assert result["AP"] == pytest.approx(100 / 20 * (3 * 11 + 2 * 8 + 3 * 6 + 2 * 3) / 11 / 10)
+    # three thresholds with all four, two with three, 0.75 to 0.85 with two, 0.9 with one
+    assert result["AP"] == pytest.approx(100 / 20 * (3 * 11 + 2 * 8 + 3 * 6 + 3) / 11 / 10)
     theirs = evaluate(PascalVOCDetectionEvaluator("voc_2007_test"), records, outputs)
     for name, value in theirs.items():
         assert result[name] == pytest.approx(value)

@@ -161,6 +161,8 @@ def test_unknown_keys_are_listed():
         convert_torchvision({"stem.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="Not a torchvision"):
         convert_torchvision(torchvision.models.vgg11(weights=None).state_dict())
+    with pytest.raises(ValueError, match="only a ResNet has a last stage"):
+        convert_torchvision({"features.18.0.weight": torch.zeros(1)}, res5="roi_heads.res5.")
 
 
 def test_a_missing_key_and_a_wrong_shape_are_found():

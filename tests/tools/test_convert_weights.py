@@ -56,6 +56,24 @@ def arguments(files, name="resnet18.pth", source="torchvision", *more):
     ]
 
 
+def test_last_stage_of_a_c4_head(script, files):
+    config = files / "c4.yaml"
+    config.write_text(
+        'MODEL: {META_ARCHITECTURE: "GeneralizedRCNN", ROI_HEADS: {NAME: "KDRes5ROIHeads"},\n'
+        "  RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64, STRIDE_IN_1X1: False}}\nVERSION: 2\n"
+    )
+    places = ("--prefix", "backbone.", "--res5", "roi_heads.res5.")
+    output, argv = arguments(
+        files, "resnet18.pth", "torchvision", *places, "--config-file", config, "--quiet"
+    )
+    assert script.main(argv) == 0
+    source = torch.load(files / "resnet18.pth")
+    model = torch.load(output, weights_only=True)["model"]
+    last = model["roi_heads.res5.1.conv2.weight"]
+    assert torch.equal(last, source["layer4.1.conv2.weight"])
+    assert not any(name.startswith("backbone.res5") for name in model)
+
+
 def test_result_loads_into_detectron2(script, files, capsys):
     output, argv = arguments(
         files, "resnet18.pth", "torchvision", "--config-file", files / "config.yaml"
