@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kd_d2.losses.box import giou_loss, iou_log_loss
+from kd_d2.losses.box import class_aware_localisation, giou_loss, iou_log_loss
 
 _CASES = [
     # pred, target, 1 - GIoU, -ln IoU
@@ -82,3 +82,73 @@ class TestBoth:
     def test_shapes_are_checked(self, loss):
         with pytest.raises(ValueError, match=r"\(2, 4\) and \(3, 4\)"):
             loss(torch.zeros(2, 4), torch.zeros(3, 4))
+
+
+# ------------------------------------------------------------------- class-aware localisation
+_WEIGHTS = torch.tensor([[0.5, 0.3]])
+
+
+def _class_aware(*difference, student_classes=2):
+    student = torch.zeros(1, student_classes, 4, requires_grad=True)
+    return class_aware_localisation(student, torch.tensor([difference]), _WEIGHTS), student
+
+
+@pytest.mark.parametrize(
+    "difference, expected",
+    [
+        # the absolute value is outside the sum over the classes; inside it would be 1.4
+        (([1.0, 0, 0, 0], [-1.0, 2, 0, 0]), 0.8),
+        (([3.0, 0, 0, 0], [-5.0, 0, 0, 0]), 0.0),
+        (([0.4, -0.2, 0, 0.1], [0.4, -0.2, 0, 0.1]), 0.56),
+        (([0.4, -0.2, 0, 0.1],), 0.56),
+    ],
+)
+def test_class_aware_localisation_by_hand(difference, expected):
+    value, _ = _class_aware(*difference)
+    assert value.tolist() == pytest.approx([expected], abs=1e-6)
+
+
+def test_class_aware_gradient():
+    value, student = _class_aware([1.0, 0, 0, 0], [-1.0, 2, 0, 0])
+    value.sum().backward()
+    expected = torch.tensor([[[-0.5, -0.5, 0, 0], [-0.3, -0.3, 0, 0]]])
+    torch.testing.assert_close(student.grad, expected)
+
+
+def test_class_aware_targets_are_constants_unless_wanted():
+    student = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(5, 3, dtype=torch.float64, requires_grad=True)
+    class_aware_localisation(student, teacher, weights).sum().backward()
+    assert student.grad.abs().sum() > 0 and teacher.grad is None and weights.grad is None
+    assert torch.autograd.gradcheck(
+        lambda *x: class_aware_localisation(*x, detach_targets=False), (student, teacher, weights)
+    )
+
+
+def test_class_aware_without_rows_and_in_half_precision():
+    student = torch.zeros(0, 3, 4, requires_grad=True)
+    value = class_aware_localisation(student, torch.zeros(0, 1, 4), torch.zeros(0, 3))
+    value.sum().backward()
+    assert value.shape == (0,) and student.grad is not None
+    rows = [torch.rand(4, 3, 4).bfloat16(), torch.rand(4, 3, 4).bfloat16()]
+    weights = torch.rand(4, 3).bfloat16()
+    low = class_aware_localisation(*rows, weights)
+    expected = class_aware_localisation(*(x.float() for x in rows), weights.float())
+    assert low.dtype == torch.float32 and torch.equal(low, expected)
+
+
+@pytest.mark.parametrize(
+    "student, teacher, weights",
+    [
+        ((5, 12), (5, 3, 4), (5, 3)),
+        ((5, 3, 4), (4, 3, 4), (5, 3)),
+        ((5, 3, 4), (5, 2, 4), (5, 3)),
+        ((5, 3, 5), (5, 3, 4), (5, 3)),
+        ((5, 3, 4), (5, 3, 4), (5, 4)),
+        ((5, 3, 4), (5, 3, 4), (5,)),
+    ],
+)
+def test_class_aware_shapes(student, teacher, weights):
+    with pytest.raises(ValueError, match=r"\(R, K, 4\) or \(R, 1, 4\) and weights of shape"):
+        class_aware_localisation(*(torch.zeros(x) for x in (student, teacher, weights)))

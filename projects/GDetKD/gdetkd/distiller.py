@@ -175,8 +175,9 @@ class GDetKD(Distiller):
                     scalars[f"ckd_{name}{suffix}"] = getattr(output, name)
             for name, term in self.predictions.items():
                 sums[name].append(term(rois, teacher) / len(batches))
-        if scalars:
-            self._log(scalars)
+            # an image; FCOS students have hardly any at the start
+            scalars[f"num_positive{suffix}"] = rois.positive.sum() / len(rois.boxes)
+        self._log(scalars)
         return {name: torch.stack(values).sum() for name, values in sums.items()}
 
     def _teacher(self, ctx, rois: RoIBatch, stage: int) -> Dict[str, Tensor]:

@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 
 from kd_d2.engine.optimizer import build_optimizer
+from kd_d2.engine.resume import settle_scripted_losses
 from tests.engine.support import StopAt, teacher_keys, train
 from tests.fixtures import registered_toy_dataset, tiny_batch, tiny_cfg, tiny_model
 from tests.projects.gdetkd.pairs import (
@@ -176,6 +177,18 @@ def test_the_teacher_passes_once_a_stage(student):
     assert calls["roi_heads.box_predictor"] == predictions
 
 
+def test_what_is_logged():
+    model = pair("Cascade", **{"KD.GDETKD.CASCADE.CKD_STAGES": (1,)})
+    _, storage = step(model)
+    latest = {k: v for k, (v, _) in storage.latest().items() if k.startswith("gdetkd/")}
+    ckd = {f"gdetkd/ckd_{x}_stage1" for x in ("accuracy", "positive_cosine", "num_negatives")}
+    assert ckd | {f"gdetkd/num_positive_stage{k}" for k in range(3)} < set(latest)
+    assert "gdetkd/sgfi_tau" in latest and "gdetkd/ckd_accuracy_stage0" not in latest
+    # of 48 rows without a RoI's own and those that overlap it
+    assert 30 < latest["gdetkd/ckd_num_negatives_stage1"] < 48
+    assert latest["gdetkd/sgfi_rois"] == 2 * latest["gdetkd/num_positive_stage0"]
+
+
 def test_rois_of_ckd():
     """CKD.ROIS "positive": the rows that are foreground, on both sides."""
     model = pair(**{"KD.GDETKD.CKD.ROIS": "positive"})
@@ -235,6 +248,7 @@ def test_without_weight_the_student_trains_plainly(student, how):
     if how == "weights":
         distiller.weights = dict.fromkeys(distiller.weights, 0.0)
     plain = tiny_model(student, seed=1, **SEVEN)
+    settle_scripted_losses(plain)
     expected, _ = step(plain)
     sum(expected.values()).backward()
     losses, _ = step(model)
@@ -340,13 +354,13 @@ def test_the_temperature_has_no_weight_decay():
 
 @pytest.fixture
 def runs(tmp_path):
-    """A function (folder, keys) -> config of a short run."""
+    """A function (folder, student's family, keys) -> config of a short run."""
     teacher = teacher_keys(tmp_path, "GeneralizedRCNN", **SEVEN)
     with registered_toy_dataset(tmp_path, 4, size=(64, 64)) as data:
 
-        def make(folder, **keys):
+        def make(folder, family="GeneralizedRCNN", **keys):
             return tiny_cfg(
-                "GeneralizedRCNN",
+                family,
                 **{
                     **KEYS,
                     **teacher,
@@ -379,20 +393,30 @@ def test_resume(runs):
     assert set(saved) == {n for n, _ in whole.kd_model.distillers.named_parameters()}
 
 
-def test_student_is_plain_detectron2s(runs):
-    trainer = train(runs("out"))
+@pytest.mark.parametrize("family", ["GeneralizedRCNN", "RetinaNet"])
+def test_student_is_plain_detectron2s(runs, family):
+    trainer = train(runs("out", family, **{"SOLVER.MAX_ITER": 2}))
     state = torch.load(trainer.cfg.OUTPUT_DIR + "/model_final.pth", weights_only=True)["model"]
-    cfg = tiny_cfg("GeneralizedRCNN", **SEVEN)
-    plain_cfg = get_d2_cfg()
-    plain_cfg.MODEL = type(plain_cfg)({k: v for k, v in cfg.MODEL.items() if k in plain_cfg.MODEL})
+    cfg, plain_cfg = tiny_cfg(family, **SEVEN), get_d2_cfg()
+    plain_cfg.MODEL = type(plain_cfg)({k: cfg.MODEL[k] for k in plain_cfg.MODEL})
     plain = build_model(plain_cfg).eval()
     plain.load_state_dict(state, strict=True)
     trained = trainer.student.eval()
     for model in (plain, trained):
-        model.roi_heads.box_predictor.test_score_thresh = 0.0
+        getattr(getattr(model, "roi_heads", model), "box_predictor", model).test_score_thresh = 0.0
     with torch.no_grad():
         expected, found = plain(tiny_batch()), trained(tiny_batch())
     for a, b in zip(expected, found):
         assert len(a["instances"]) > 0
         assert torch.equal(a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor)
         assert torch.equal(a["instances"].scores, b["instances"].scores)
+
+
+def test_head_transfer_alone():
+    """No term, Table 2 "HT": the student's own losses, and nothing of the teacher runs."""
+    keys = {**only(), "KD.INIT_STUDENT.PREFIXES": ("roi_heads",)}
+    model = pair(**keys)
+    model.teacher.start = None
+    losses, _ = step(model)
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
+    assert list(model.distillers.parameters()) == []
