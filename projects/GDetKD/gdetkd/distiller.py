@@ -14,7 +14,6 @@ from .feature_terms import FeatureTerm, build_feature_term
 from .prediction import PREDICTION_TERMS, PredictionTerm
 from .records import RoIBatch, StudentRoIs, build_student_rois, student_family
 from .validation import (
-    check_feature_mode,
     check_head_transfer,
     check_modes,
     check_queue,
@@ -98,9 +97,11 @@ class GDetKD(Distiller):
             if stage == 0 and feature is not None:
                 keys |= {key for key in feature.teacher_needs if key.startswith("roi.")}
             teacher_keys.append(keys)
+        self._collects = bool(ckd or predictions or (feature is not None and feature.uses_rois))
+        roi_needs = rois.student_needs if self._collects else ()
         super().__init__(
             weights=weights,
-            student_needs={*rois.student_needs, *feature_needs.student_needs},
+            student_needs={*roi_needs, *feature_needs.student_needs},
             teacher_needs={*feature_needs.teacher_needs}.union(*teacher_keys),
         )
         self.rois = rois
@@ -124,7 +125,6 @@ class GDetKD(Distiller):
         stages = paired_stages(rois.num_stages, teacher_keys, node.TEACHER_STAGE)
 
         weights: Dict[str, float] = {}
-        check_feature_mode(node.FEAT.MODE, family)
         feature = build_feature_term(cfg, student_keys, teacher_keys)
         if feature is not None:
             weights["feat"] = preset_weight("FEAT.WEIGHT", node.FEAT.WEIGHT, feature.default_weight)
@@ -158,8 +158,9 @@ class GDetKD(Distiller):
 
     # ----------------------------------------------------------------------------- compute
     def compute(self, ctx: DistillationContext) -> Dict[str, Tensor]:
-        if not self.weights:
-            return {}
+        if not self._collects:
+            # a mask at most, for which no box need be sampled from a dense student's predictions
+            return {} if self.feature is None else {"feat": self.feature(ctx, None)}
         sums: Dict[str, List[Tensor]] = {name: [] for name in self.weights}
         scalars: Dict[str, Tensor] = {}
         batches = self.rois(ctx)

@@ -90,6 +90,7 @@ class MaskTerm(FeatureTerm):
 
     name = ""
     default_weight = 0.01
+    uses_rois = False
     # whether the paper has a number for dense students
     dense = False
 

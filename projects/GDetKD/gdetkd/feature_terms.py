@@ -33,11 +33,13 @@ class FeatureTerm(nn.Module):
         student_needs, teacher_needs: keys that :meth:`forward` reads. ``roi.*`` ones of the teacher
             are run for all boxes of the step before.
         default_weight: factor of the loss where the config has none.
+        uses_rois: False: :meth:`forward` does not look at its second argument, which may be None.
     """
 
     student_needs: Tuple[str, ...] = ()
     teacher_needs: Tuple[str, ...] = ()
     default_weight: float = 1.0
+    uses_rois: bool = True
 
     def forward(self, ctx: DistillationContext, rois: RoIBatch) -> Tensor:
         """Return the unweighted fp32 scalar, 0 with a graph where there is nothing to compare.

@@ -6,7 +6,6 @@ from kd_d2 import config
 from kd_d2.distillation import KeyInfo
 
 __all__ = [
-    "check_feature_mode",
     "check_head_transfer",
     "check_modes",
     "check_queue",
@@ -38,8 +37,6 @@ _ROIS_PER_IMAGE = {
     "two_stage": "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
     "dense": "KD.GDETKD.DENSE.NUM_SAMPLES",
 }
-_MASKS_OF_DENSE_STUDENTS = ("gt_mask",)
-_MASKS = ("whole", "anchor_mask", "gaussian_mask", "gt_mask")
 
 
 # ------------------------------------------------------------------------------ single values
@@ -152,15 +149,6 @@ def paired_stages(student_stages: int, teacher_keys: Keys, teacher_stage: int) -
 
 
 # -------------------------------------------------------------------------------------- terms
-def check_feature_mode(mode: str, family: str) -> None:
-    """Raise ``ValueError`` for a mask that dense students do not have (Sec. 4.3 gives one)."""
-    if family == "dense" and mode in _MASKS and mode not in _MASKS_OF_DENSE_STUDENTS:
-        raise ValueError(
-            f'KD.GDETKD.FEAT.MODE is "{mode}", but for a dense student of a two-stage teacher '
-            'the only mask is "gt_mask"; use it, "roifi" or "sgfi"'
-        )
-
-
 def check_queue(cfg, family: str, rois_per_image: int) -> None:
     """Raise ``ValueError`` if a batch of all ranks does not fit into the queue."""
     size, images = cfg.KD.GDETKD.CKD.QUEUE_SIZE, cfg.SOLVER.IMS_PER_BATCH

@@ -177,6 +177,18 @@ def test_the_teacher_passes_once_a_stage(student):
     assert calls["roi_heads.box_predictor"] == predictions
 
 
+@pytest.mark.parametrize("student", ["GeneralizedRCNN", "RetinaNet"])
+def test_a_mask_alone_needs_no_rois(student):
+    model = pair(student, **{**only("feat"), "KD.GDETKD.FEAT.MODE": "gt_mask"})
+    distiller = model.distillers["gdetkd"]
+    distiller.rois.collect = None
+    assert not {"proposals[0]", "pred.box"} & distiller.student_needs
+    losses, _ = step(model)
+    assert set(kd(losses)) == {prefix("feat")} and losses[prefix("feat")] > 0
+    sum(losses.values()).backward()
+    assert distiller.weights == {"feat": 0.01}
+
+
 def test_what_is_logged():
     model = pair("Cascade", **{"KD.GDETKD.CASCADE.CKD_STAGES": (1,)})
     _, storage = step(model)

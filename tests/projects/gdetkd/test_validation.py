@@ -130,7 +130,7 @@ DENSE_ERRORS = {
     "reg": ({"REG.MODE": "caware"}, 'REG.MODE is "caware".*student is dense'),
     "queue": ({"DENSE.NUM_SAMPLES": 49}, r"IMS_PER_BATCH \* KD.GDETKD.DENSE.NUM_SAMPLES = 2 \* 49"),
     **{
-        mode: ({"FEAT.MODE": mode}, f'FEAT.MODE (is "{mode}"|must be one of)')
+        mode: ({"FEAT.MODE": mode}, f"FEAT.MODE '{mode}' is for two-stage .* dense; use 'gt_mask'")
         for mode in ("whole", "anchor_mask", "gaussian_mask")
     },
     "transfer": (
