@@ -177,6 +177,15 @@ def test_the_teacher_passes_once_a_stage(student):
     assert calls["roi_heads.box_predictor"] == predictions
 
 
+def test_a_later_stage_of_the_teacher_passes_once_too():
+    """SGFI's pooled features, which belong to no stage, are asked for together with the rest."""
+    model, calls = pair("C4", "Cascade", **{"KD.GDETKD.TEACHER_STAGE": 2}), []
+    for k, head in enumerate(model.teacher.model.roi_heads.box_head):
+        head.register_forward_hook(lambda *_, k=k: calls.append(k))
+    step(model)
+    assert calls == [2]
+
+
 @pytest.mark.parametrize("student", ["GeneralizedRCNN", "RetinaNet"])
 def test_a_mask_alone_needs_no_rois(student):
     model = pair(student, **{**only("feat"), "KD.GDETKD.FEAT.MODE": "gt_mask"})
