@@ -25,10 +25,15 @@ Memory is the peak of a process that runs KD steps minus the peak of one that ru
 steps; both start fresh. On the CPU that is the resident set (teacher's weights and everything else
 included), on a GPU what the allocator handed out.
 
-Every config is measured in a process of its own. Only dense detectors can be measured.
+A two-stage teacher runs backbone and RoI head, on the boxes that its distillers ask for; its RPN
+is no part of it. A memory of earlier steps (G-DetKD's queue) is as full as the rounds before have
+made it: give enough --warmup, or a smaller memory.
+
+Every config is measured in a process of its own.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -36,7 +41,7 @@ import platform
 import resource
 import statistics
 import time
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Sequence
 
 import torch
 from detectron2.modeling import build_model
@@ -44,7 +49,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from kd_d2.distillation import DetectorTeacher, DistillationContext, freeze
+from kd_d2.distillation import DetectorTeacher, DistillationContext, Key, build_tap, freeze
 from kd_d2.engine.main import build_config
 from kd_d2.engine.optimizer import build_optimizer
 from kd_d2.engine.trainer import KDTrainer
@@ -124,18 +129,49 @@ def _in_fresh_process(function: Callable, *args) -> Any:
 
 # ---------------------------------------------------------------------------- what is measured
 class StoredView:
-    """Values of a tap by key, as leaves of the graph, in place of a live student or teacher."""
+    """Values of a tap by key, as leaves of the graph, in place of a live student or teacher.
 
-    def __init__(self, store, keys, requires_grad: bool):
+    Args:
+        store: the live one.
+        keys: what is read of it.
+        requires_grad: whether the leaves collect gradients.
+        roi_calls: what the RoI head answered, call by call of a step; given again in this order.
+    """
+
+    def __init__(self, store, keys, requires_grad: bool, roi_calls: Sequence = ()):
         self._store = store
         self.keys = sorted(keys)
         self._values = {key: _leaves(store[key], requires_grad) for key in keys}
+        self._answers = itertools.cycle([values for _, _, values in roi_calls])
+
+    def run(self, keys, boxes):
+        return next(self._answers)
 
     def __getitem__(self, key):
         return self._values[key]
 
     def __getattr__(self, name):
         return getattr(self._store, name)
+
+
+class RoICalls:
+    """A live teacher that notes (keys, boxes, values) of every pass through its RoI head."""
+
+    def __init__(self, run):
+        self._run = run
+        self.calls: List[tuple] = []
+
+    def __getitem__(self, key):
+        return self._run[key]
+
+    def __getattr__(self, name):
+        return getattr(self._run, name)
+
+    def run(self, keys, boxes):
+        keys = sorted(keys)
+        values = self._run.run(keys, boxes)
+        self.calls.append((keys, boxes, values))
+        return values
 
 
 def _leaves(value: Any, requires_grad: bool) -> Any:
@@ -175,7 +211,8 @@ def _prepared(file: str, args, distil: bool):
     optimizer = build_optimizer(cfg, model)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # random labels: keep the weights where they are
-    num_classes = (model.student if distil else model).num_classes
+    network = model.student if distil else model
+    num_classes = getattr(network, "roi_heads", network).num_classes
     return cfg, model, optimizer, random_batch(args.batch_size, *args.image_size, num_classes)
 
 
@@ -197,21 +234,38 @@ def measure_peak(file: str, args, distil: bool) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
 
 
-def _plain_teacher(cfg, model):
+def _plain_teacher(cfg, model, roi_calls: Sequence = ()):
     """The teacher's network, and its forward in eval mode as Detectron2 runs it, without decoding
-    and NMS."""
+    and NMS.
+
+    Args:
+        roi_calls: of a two-stage teacher, the calls of :class:`RoICalls` of one step.
+    """
     plain = freeze(build_model(DetectorTeacher.load_config(cfg)))
-    if not isinstance(plain, DenseDetector):
-        raise ValueError(f"{type(plain).__name__}: only dense detectors can be measured")
     plain.load_state_dict(model.teacher.state_to_copy())
+    head = _dense_head if isinstance(plain, DenseDetector) else _roi_head
 
     def forward(batch):
         with torch.no_grad():
             images = plain.preprocess_image(batch)
-            features = plain.backbone(images.tensor)
-            plain.head([features[f] for f in plain.head_in_features])
+            head(plain, plain.backbone(images.tensor), roi_calls)
 
     return plain, forward
+
+
+def _dense_head(plain, features, roi_calls) -> None:
+    plain.head([features[f] for f in plain.head_in_features])
+
+
+def _roi_head(plain, features, roi_calls) -> None:
+    """One pass for each list of boxes, for everything that was asked of them."""
+    keys: Dict[int, set] = {}
+    boxes = {id(boxes): boxes for _, boxes, _ in roi_calls}
+    for names, of, _ in roi_calls:
+        keys.setdefault(id(of), set()).update(names)
+    for number, names in keys.items():
+        parsed = [Key.parse(name) for name in sorted(names)]
+        build_tap(plain).run_rois(plain, features, boxes[number], parsed)
 
 
 def _needs(model, side: str):
@@ -221,34 +275,45 @@ def _needs(model, side: str):
 def measure_time(file: str, args) -> Dict[str, Any]:
     """Seconds of every part, their ratios, and the size of the teacher's weights."""
     cfg, model, optimizer, batch = _prepared(file, args, distil=True)
-    _, teacher_forward = _plain_teacher(cfg, model)
     with EventStorage(0):
         with model.tap.observe(model.student, model._student_needs, check=False) as observation:
             model.student(batch)
         ctx = model._context(batch, observation, 0)
-        stored = DistillationContext(
-            batched_inputs=batch,
-            gt_instances=ctx.gt_instances,
-            padded_size=ctx.padded_size,
-            student=StoredView(ctx.student, _needs(model, "student_needs"), True),
-            teacher=StoredView(ctx.teacher, _needs(model, "teacher_needs"), False),
-            iteration=0,
-        )
+        ctx.teacher = RoICalls(ctx.teacher)
+        for distiller in model.distillers.values():
+            distiller(ctx)
+        roi_calls = ctx.teacher.calls
+        _, teacher_forward = _plain_teacher(cfg, model, roi_calls)
+        # the RoI head has no values before it is given boxes
+        teacher_keys = [k for k in model._teacher_needs if Key.parse(k).group != "roi"]
+        views = {
+            "student": StoredView(ctx.student, _needs(model, "student_needs"), True),
+            "teacher": StoredView(ctx.teacher, teacher_keys, False, roi_calls),
+        }
 
         def distillers():
+            stored = DistillationContext(
+                batched_inputs=batch,
+                gt_instances=ctx.gt_instances,
+                padded_size=ctx.padded_size,
+                iteration=0,
+                **views,
+            )
             terms = [v for d in model.distillers.values() for v in d(stored).values()]
             sum(terms).backward()
 
         def teacher():
             run = model.teacher.start(batch, ctx.padded_size, model._teacher_needs)
-            for key in model._teacher_needs:
+            for key in teacher_keys:
                 run[key]
+            for keys, boxes, _ in roi_calls:
+                run.run(keys, boxes)
 
         def mechanism():
             with model.tap.observe(model.student, model._student_needs, check=False):
                 pass  # hooks are set and removed
             observation._values.clear()
-            for key in stored.student.keys:
+            for key in views["student"].keys:
                 ctx.student[key]
 
         parts = {

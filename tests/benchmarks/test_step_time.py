@@ -95,6 +95,71 @@ def test_the_plain_teacher_computes_what_the_teacher_computes(step_time, config_
     assert any(type(m).__name__ == "FusedNorm" for m in model.teacher.model.modules())
 
 
+def _two_stage(tmp_path, student: str, teacher: str) -> str:
+    """GDetKD's config; the queue has room for more steps than a test runs."""
+    taught, teaching = tmp_path / f"{student}.yaml", tmp_path / "two_stage_teacher.yaml"
+    pooling = {"MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7}
+    teaching.write_text(tiny_cfg(teacher, **pooling).dump())
+    values = {
+        "KD.ENABLED": True,
+        "KD.DISTILLERS": ("GDetKD",),
+        "KD.TEACHER.CONFIG_FILE": str(teaching),
+        "KD.TEACHER.ALLOW_UNTRAINED": True,
+        "KD.GDETKD.DENSE.NUM_SAMPLES": 8,
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
+        **pooling,
+    }
+    taught.write_text(tiny_cfg(student, **values).dump())
+    return str(taught)
+
+
+@pytest.mark.parametrize("student", ["Cascade", "RetinaNet"])
+def test_a_two_stage_teacher(step_time, tmp_path, student):
+    """The plain one sees the boxes of the step once each, and answers as the teacher does."""
+    file = _two_stage(tmp_path, student, "Cascade" if student == "Cascade" else "GeneralizedRCNN")
+    args = step_time.build_parser().parse_args(["--image-size", "64", "96"])
+    _, model, _, batch = step_time._prepared(file, args, distil=True)
+    with EventStorage(0), model.tap.observe(model.student, model._student_needs) as observation:
+        model.student(batch)
+    with EventStorage(0):
+        ctx = model._context(batch, observation, 0)
+        ctx.teacher = step_time.RoICalls(ctx.teacher)
+        sum(next(iter(model.distillers.values()))(ctx).values())
+    calls = ctx.teacher.calls
+    stages = 3 if student == "Cascade" else 1
+    assert len({id(boxes) for _, boxes, _ in calls}) == stages
+
+    plain, forward = step_time._plain_teacher(build_config(file), model, calls)
+    passes, outputs = [], {}
+    handles = [
+        module.register_forward_hook(lambda m, i, out, name=name: outputs.update({name: out}))
+        for name, module in plain.named_modules()
+        if name in ("roi_heads.box_head", "roi_heads.box_head.0", "roi_heads.box_head.2")
+    ]
+    pooler = plain.roi_heads.box_pooler
+    handles.append(pooler.register_forward_hook(lambda *call: passes.append(call[-1])))
+    forward(batch)
+    for handle in handles:
+        handle.remove()
+    assert len(passes) == stages and not plain.proposal_generator.training
+    for stage in {0, stages - 1}:
+        name = f"roi_heads.box_head.{stage}" if stages > 1 else "roi_heads.box_head"
+        (theirs,) = [v[k] for _, _, v in calls for k in v if k == f"roi.embed[{stage}]"]
+        torch.testing.assert_close(outputs[name], theirs, rtol=1e-4, atol=1e-5)
+
+    view = step_time.StoredView(ctx.teacher, [], False, calls)
+    for _ in range(2):  # step after step in the order of the calls
+        for keys, boxes, values in calls:
+            assert view.run(keys, boxes) is values
+
+
+def test_a_two_stage_pair_is_measured(step_time, tmp_path):
+    args = ["--image-size", "64", "64", "--rounds", "1", "--warmup", "0"]
+    file = _two_stage(tmp_path, "GeneralizedRCNN", "GeneralizedRCNN")
+    result = step_time.measure_time(file, step_time.build_parser().parse_args(args))
+    assert all(result["seconds"][name]["median"] > 0 for name in PARTS)
+
+
 def test_a_step_leaves_the_weights_where_they_are(step_time, config_file):
     args = step_time.build_parser().parse_args(["--image-size", "64", "64"])
     _, model, optimizer, batch = step_time._prepared(config_file, args, distil=True)
