@@ -79,6 +79,7 @@ def check_inheritance(
     teacher: Mapping[str, torch.Tensor],
     student_keys: Mapping[str, KeyInfo],
     teacher_keys: Mapping[str, KeyInfo],
+    networks: Tuple[nn.Module, nn.Module] = (nn.Module(), nn.Module()),
 ) -> None:
     """Raise unless the teacher's parts fit the student and mean the same there.
 
@@ -86,13 +87,16 @@ def check_inheritance(
         prefixes: KD.INIT_STUDENT.PREFIXES.
         student, teacher: state dicts.
         student_keys, teacher_keys: what the taps know of both.
+        networks: student and teacher, whose convolutions are compared.
 
     Raises:
-        ValueError: names, shapes, anchors, box weights, pooling or classes differ; the message
-            lists every difference.
+        ValueError: names, shapes, strides of convolutions, anchors, box weights, pooling or
+            classes differ; the message lists every difference.
     """
+    names = inherited_names(student, prefixes)
     problems = _differences(prefixes, student, teacher)
-    problems += _disagreements(inherited_names(student, prefixes), student_keys, teacher_keys)
+    problems += _geometry(names, *networks)
+    problems += _disagreements(names, student_keys, teacher_keys)
     _raise(problems, prefixes)
 
 
@@ -170,6 +174,23 @@ def _differences(prefixes, student, teacher) -> List[str]:
         elif student[name].shape != teacher[name].shape:
             ours, theirs = tuple(student[name].shape), tuple(teacher[name].shape)
             lines.append(f"'{name}' has shape {ours} in the student and {theirs} in the teacher")
+    return lines
+
+
+def _geometry(names: Sequence[str], student: nn.Module, teacher: nn.Module) -> List[str]:
+    """Return one line for every convolution that runs in another way, though its shape fits."""
+    ours, theirs = dict(student.named_modules()), dict(teacher.named_modules())
+    lines = []
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        if not isinstance(ours.get(path), nn.Conv2d) or path not in theirs:
+            continue
+        for fact in ("stride", "padding", "dilation", "groups"):
+            here, there = (getattr(side[path], fact, None) for side in (ours, theirs))
+            if here != there:
+                lines.append(
+                    f"'{path}' has {fact} {here} in the student and {there} in the teacher (e.g. "
+                    "MODEL.RESNETS.STRIDE_IN_1X1, RES5_DILATION)"
+                )
     return lines
 
 

@@ -166,7 +166,8 @@ class KDTrainer(DefaultTrainer):
             prefixes = cfg.KD.INIT_STUDENT.PREFIXES
             if prefixes:
                 states = student.state_dict(), teacher.state_to_copy()
-                check_inheritance(prefixes, *states, student_keys, teacher_keys)
+                networks = student, getattr(teacher, "model", nn.Module())
+                check_inheritance(prefixes, *states, student_keys, teacher_keys, networks)
             distillers, schedules = build_distillers(cfg, student_keys, teacher_keys)
             model = KDModel(
                 student=student,

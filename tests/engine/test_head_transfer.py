@@ -63,7 +63,8 @@ def check(student, teacher, prefixes=HEAD):
     """What the trainer checks when it builds both networks."""
     networks = (student, teacher)
     keys = [build_tap(network).keys(network) for network in networks]
-    check_inheritance(prefixes, *(network.state_dict() for network in networks), *keys)
+    states = (network.state_dict() for network in networks)
+    check_inheritance(prefixes, *states, *keys, networks)
 
 
 def test_r18_from_r50_stays_bit_by_bit_over_steps_and_resume(pair):
@@ -221,6 +222,22 @@ def test_c4_of_another_width_is_told_to_drop_the_prefixes():
         "rpn_head.conv.weight' has shape (256, 256, 3, 3) in the student and (1024, 1024, 3, 3)"
         in str(caught.value)
     )
+
+
+def test_strides_that_shapes_do_not_tell():
+    networks = [
+        tiny_model("C4", **{**R50, "MODEL.RESNETS.STRIDE_IN_1X1": first}) for first in (False, True)
+    ]
+    with pytest.raises(ValueError, match=r"STRIDE_IN_1X1") as caught:
+        check(*networks)
+    # the stride of res5's first block is in its 3x3 convolution or in the 1x1 before it
+    assert "'roi_heads.res5.0.conv1' has stride (1, 1) in the student and (2, 2)" in str(
+        caught.value
+    )
+    assert "'roi_heads.res5.0.conv2' has stride (2, 2) in the student and (1, 1)" in str(
+        caught.value
+    )
+    assert str(caught.value).count("\n- ") == 2
 
 
 def test_mask_heads_are_copied_only_on_request():
