@@ -20,6 +20,7 @@ __all__ = [
     "ROIConvAlign",
     "build_align",
     "init_gaussian",
+    "init_he",
     "register_align",
 ]
 
@@ -209,4 +210,13 @@ class ROIConvAlign(AlignLayer):
 def init_gaussian(layer: nn.Module, std: float = 0.01) -> None:
     """Draw ``layer.weight`` from N(0, std) and set ``layer.bias`` to 0."""
     nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+
+
+def init_he(layer: nn.Module) -> None:
+    """Draw ``layer.weight`` from N(0, sqrt(2 / fan_in)) and set ``layer.bias`` to 0.
+
+    A ReLU after the layer then leaves the scale of its input, whatever the width.
+    """
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     nn.init.zeros_(layer.bias)

@@ -13,21 +13,24 @@ from torch.nn import functional as F
 
 from kd_d2.losses.precision import full_precision
 
-from .align import AlignLayer, build_align, init_gaussian
+from .align import AlignLayer, build_align, init_gaussian, init_he
 from .cells import gather_cells
+from .options import choice
 from .outputs import HeadOutput
 from .rows import hardest_rows, positive_rows
 from .variants import head_variant
 
 __all__ = ["MimicSHead"]
 
+_INITS = {"gaussian": init_gaussian, "he": init_he}
+
 
 class MimicSHead(nn.Module):
     """Alignment layer, one or two 1x1 projections, two 1x1 predictors, ReLUs between (ours).
 
     There is one anchor, hence one adjusted box, per cell. The 1x1 layers are shared by all levels
-    (ours), alignment layers by the levels of equal kernel. All weights start from N(0, 0.01),
-    biases from 0 (the paper).
+    (ours), alignment layers by the levels of equal kernel. Biases start from 0, predictors'
+    weights from N(0, 0.01).
     """
 
     @configurable
@@ -41,6 +44,7 @@ class MimicSHead(nn.Module):
         box2box_transform: Box2BoxTransform,
         split: bool = True,
         feature_dim: int = 1024,
+        init: str = "gaussian",
         detach_deltas: bool = True,
         gather_first: bool = True,
         cls_topk: int = 128,
@@ -61,6 +65,8 @@ class MimicSHead(nn.Module):
             box2box_transform: coding of the second regression, the T-head's.
             split: whether classification and regression have a projection each.
             feature_dim: D, width of the projections.
+            init: initial weights of alignment and projections: "gaussian", N(0, 0.01) as in the
+                paper, or "he", N(0, sqrt(2 / fan_in)).
             detach_deltas: no gradient reaches the refinement module through the offsets.
             gather_first: run the 1x1 layers on the given boxes only instead of on all cells.
                 Results are equal.
@@ -71,9 +77,10 @@ class MimicSHead(nn.Module):
             test_score_thresh, test_nms_thresh, test_topk_per_image: of ``fast_rcnn_inference``.
 
         Raises:
-            ValueError: ``cls_topk`` or ``max_pos_reg`` is not positive.
+            ValueError: ``cls_topk`` or ``max_pos_reg`` is not positive, or ``init`` unknown.
         """
         super().__init__()
+        initialise = choice("S_HEAD.INIT", init, _INITS)
         for key, value in (("CLS_TOPK", cls_topk), ("MAX_POS_REG", max_pos_reg)):
             if value < 1:
                 raise ValueError(f"MODEL.MIMICDET.S_HEAD.{key} must be positive, got {value}")
@@ -84,7 +91,9 @@ class MimicSHead(nn.Module):
         )
         self.cls_score = nn.Conv2d(feature_dim, num_classes + 1, 1)
         self.bbox_pred = nn.Conv2d(feature_dim, 4, 1)
-        for layer in (*self.projections, self.cls_score, self.bbox_pred):
+        for layer in (*(layer.conv for layer in self.align.values()), *self.projections):
+            initialise(layer)
+        for layer in (self.cls_score, self.bbox_pred):
             init_gaussian(layer)
 
         self.num_classes = num_classes
@@ -128,6 +137,7 @@ class MimicSHead(nn.Module):
             "box2box_transform": Box2BoxTransform(weights=box_head.BBOX_REG_WEIGHTS),
             "split": head_variant(cfg).split,
             "feature_dim": node.FEAT_DIM,
+            "init": node.INIT,
             "detach_deltas": node.DETACH_DELTAS,
             "gather_first": node.GATHER_FIRST,
             "cls_topk": node.CLS_TOPK,

@@ -317,6 +317,37 @@ def test_initialisation_and_config():
         assert not layer.bias.any()
 
 
+def test_scale_of_the_logits_by_initialisation():
+    """The config's comment: N(0, 0.01) shrinks it about 50 and 400 times, "he" hardly."""
+
+    def shrinkage(channels, feature_dim, init):
+        cfg = get_cfg()
+        cfg.MODEL.MIMICDET.S_HEAD.FEAT_DIM = feature_dim
+        cfg.MODEL.MIMICDET.S_HEAD.INIT = init
+        cfg.MODEL.MIMICDET.S_HEAD.KERNELS = [5]
+        torch.manual_seed(0)
+        head = MimicSHead(cfg, [ShapeSpec(channels=channels)])
+        maps = torch.randn(1, channels, 12, 12)
+        boxes = Instances((96, 96), anchor_index=torch.arange(144))
+        output = head.predict(head([maps], [torch.zeros(1, 4, 12, 12)]), [boxes])
+        return output.logits.std().item(), output.cls_feature.std().item()
+
+    paper, paper_features = shrinkage(256, 1024, "gaussian")
+    quarter, quarter_features = shrinkage(64, 256, "gaussian")
+    assert 1 / paper == pytest.approx(50, rel=0.3) and 1 / quarter == pytest.approx(400, rel=0.3)
+    for width in (256, 64):
+        # variance 2 before the last ReLU, as behind any layer of this kind
+        assert shrinkage(width, 4 * width, "he")[1] == pytest.approx(2**0.5, rel=0.15)
+    assert paper_features < 0.1 and quarter_features < 0.03
+
+
+def test_unknown_initialisation():
+    cfg = get_cfg()
+    cfg.MODEL.MIMICDET.S_HEAD.INIT = "uniform"
+    with pytest.raises(ValueError, match="S_HEAD.INIT.*gaussian.*he.*'uniform'"):
+        MimicSHead(cfg, [ShapeSpec(channels=16)] * 5)
+
+
 def test_thresholds_come_from_the_config():
     """Two boxes of one class, IoU (24 - 6) / (24 + 6) = 0.6; scores 0.42 and 0.21."""
     boxes = Instances((64, 64))
