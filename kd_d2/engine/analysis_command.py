@@ -11,7 +11,7 @@ from kd_d2.distillation import Teacher, build_teacher
 
 from .main import build_config
 
-__all__ = ["parse", "parser", "prepare", "teacher_of", "titled_path"]
+__all__ = ["add_titled", "parse", "parser", "prepare", "teacher_of", "titled_path"]
 
 
 def parser(description: str, num_images: int) -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def parser(description: str, num_images: int) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument(
-        "--config-file", required=True, metavar="YAML", help="config of a student with a teacher"
+        "--config-file", required=True, metavar="YAML", help="config of the network"
     )
     result.add_argument("--output", required=True, metavar="FOLDER", help="where to write")
     result.add_argument(
@@ -42,6 +42,24 @@ def parser(description: str, num_images: int) -> argparse.ArgumentParser:
         help="without --images: so many, evenly spaced (default: %(default)s)",
     )
     return result
+
+
+def add_titled(result: argparse.ArgumentParser, name: str, what: str, explanation: str) -> None:
+    """Add a required option TITLE=PATH that may be given several times.
+
+    Args:
+        name: of the option, with its dashes.
+        what: of the path, e.g. "FILE".
+        explanation: what the path is.
+    """
+    result.add_argument(
+        name,
+        action="append",
+        required=True,
+        type=titled_path,
+        metavar=f"TITLE={what}",
+        help=f"{explanation}; may be given several times",
+    )
 
 
 def parse(result: argparse.ArgumentParser, arguments) -> argparse.Namespace:

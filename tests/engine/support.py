@@ -1,6 +1,7 @@
 """Runs of the trainer on toy data, in this process, for the tests of the engine."""
 
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
@@ -218,3 +219,21 @@ def run_program(command, timeout, **environment):
         output, _ = process.communicate()
         raise AssertionError(f"still running after {timeout} s:\n{output[-3000:]}") from None
     return process.returncode, output
+
+
+@contextlib.contextmanager
+def importable_tools(folder):
+    """A function that imports a script of ``folder`` by name, as scripts import each other.
+
+    Projects have scripts of equal names, so none stays imported.
+    """
+    names = [path.stem for path in Path(folder).glob("*.py")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        for name in names:
+            sys.modules.pop(name, None)
+        try:
+            yield importlib.import_module
+        finally:
+            for name in names:
+                sys.modules.pop(name, None)

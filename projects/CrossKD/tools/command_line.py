@@ -1,20 +1,11 @@
-"""What the commands in this folder have in common."""
+"""Options of the commands in this folder that draw a picture of every image."""
 
 import argparse
 from typing import List, Sequence
 
-from kd_d2.engine.analysis_command import parse, parser, prepare, teacher_of, titled_path
 from kd_d2.projects.crosskd.analysis.pictures import level_name
 
-__all__ = [
-    "add_drawing",
-    "chosen_levels",
-    "parse",
-    "parser",
-    "prepare",
-    "teacher_of",
-    "titled_path",
-]
+__all__ = ["add_drawing", "chosen_levels"]
 
 
 def add_drawing(result: argparse.ArgumentParser) -> None:

@@ -14,12 +14,12 @@ import os
 from typing import Dict, List, Optional, Sequence
 
 import torch
-from command_line import parse, parser, prepare, teacher_of, titled_path
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode, Instances
 from tqdm import tqdm
 
 from kd_d2.data import dataset_classes
+from kd_d2.engine.analysis_command import add_titled, parse, parser, prepare, teacher_of
 from kd_d2.engine.main import short_errors
 from kd_d2.projects.crosskd.analysis.images import load_images, rgb_picture
 from kd_d2.projects.crosskd.analysis.observer import student_of
@@ -30,14 +30,7 @@ COLUMNS = ("index", "image_id", "network", "class", "score", "x0", "y0", "x1", "
 
 def parse_arguments(arguments: Optional[Sequence[str]] = None):
     result = parser(__doc__, num_images=4)
-    result.add_argument(
-        "--model",
-        action="append",
-        required=True,
-        type=titled_path,
-        metavar="TITLE=FILE",
-        help="checkpoint of the config's student; may be given several times",
-    )
+    add_titled(result, "--model", "FILE", "checkpoint of the config's student")
     result.add_argument(
         "--score-threshold",
         type=float,

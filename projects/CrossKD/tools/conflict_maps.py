@@ -17,11 +17,12 @@ from collections import Counter
 from typing import Dict, List, Optional, Sequence
 
 import numpy as np
-from command_line import add_drawing, chosen_levels, parse, parser, prepare, teacher_of
+from command_line import add_drawing, chosen_levels
 from tqdm import tqdm
 
 from kd_d2.data import dataset_classes
 from kd_d2.distillation import freeze
+from kd_d2.engine.analysis_command import parse, parser, prepare, teacher_of
 from kd_d2.engine.main import short_errors
 from kd_d2.projects.crosskd.analysis.conflict_maps import conflict_maps, count_conflicts
 from kd_d2.projects.crosskd.analysis.dense import DenseBatch

@@ -18,9 +18,10 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from command_line import add_drawing, chosen_levels, parse, parser, prepare, teacher_of
+from command_line import add_drawing, chosen_levels
 from tqdm import tqdm
 
+from kd_d2.engine.analysis_command import parse, parser, prepare, teacher_of
 from kd_d2.engine.main import short_errors
 from kd_d2.projects.crosskd.analysis.gradient_maps import (
     box_coverage,

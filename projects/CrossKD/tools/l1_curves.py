@@ -17,7 +17,6 @@ import os
 from typing import Dict, List, Optional, Sequence
 
 import torch
-from command_line import parse, parser, prepare, teacher_of, titled_path
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from kd_d2.checkpoint import load_weights
 from kd_d2.data import build_sample_loader
 from kd_d2.distillation import freeze
+from kd_d2.engine.analysis_command import add_titled, parse, parser, prepare, teacher_of
 from kd_d2.engine.main import short_errors
 from kd_d2.evaluation import build_sample_evaluator
 from kd_d2.projects.crosskd.analysis.dense import DenseBatch
@@ -44,14 +44,7 @@ PANELS = {
 
 def parse_arguments(arguments: Optional[Sequence[str]] = None):
     result = parser(__doc__, num_images=5000)
-    result.add_argument(
-        "--run",
-        action="append",
-        required=True,
-        type=titled_path,
-        metavar="TITLE=FOLDER",
-        help="output folder of a training run; may be given several times",
-    )
+    add_titled(result, "--run", "FOLDER", "output folder of a training run")
     result.add_argument("--no-ap", action="store_true", help="distances only")
     result.add_argument(
         "--resume",

@@ -22,7 +22,7 @@ from observation import gather, images_of, seed, write
 from kd_d2.checkpoint import load_weights
 from kd_d2.data import dataset_classes
 from kd_d2.distillation import build_tap
-from kd_d2.engine.analysis_command import parse, parser, prepare, teacher_of, titled_path
+from kd_d2.engine.analysis_command import add_titled, parse, parser, prepare, teacher_of
 from kd_d2.engine.main import short_errors
 from kd_d2.projects.gdetkd.analysis.class_correlation import (
     class_correlation,
@@ -37,14 +37,7 @@ from kd_d2.visualization import draw_matrices
 
 def parse_arguments(arguments: Optional[Sequence[str]] = None):
     result = parser(__doc__, num_images=5000)
-    result.add_argument(
-        "--model",
-        action="append",
-        required=True,
-        type=titled_path,
-        metavar="TITLE=FILE",
-        help="checkpoint of the config's student; may be given several times",
-    )
+    add_titled(result, "--model", "FILE", "checkpoint of the config's student")
     return parse(result, arguments)
 
 

@@ -17,58 +17,26 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.modeling import build_model
 from tqdm import tqdm
 
 from kd_d2.checkpoint import KDCheckpointer
-from kd_d2.data import check_datasets, register_all
-from kd_d2.data.loader import evenly_spaced
-from kd_d2.engine.main import build_config, short_errors
+from kd_d2.data import annotated_images
+from kd_d2.engine.analysis_command import add_titled, parse, parser, prepare
+from kd_d2.engine.main import short_errors
 from kd_d2.projects.mimicdet.mimicdet import MimicDet
 from kd_d2.projects.mimicdet.sampling_points import SamplingPoints, sampling_points, share_inside
 
 _CORNERS = ("x0", "y0", "x1", "y1")
 
 
-def titled_path(text: str) -> Tuple[str, str]:
-    title, sign, path = text.partition("=")
-    if not (title and sign and path):
-        raise argparse.ArgumentTypeError(f"expected TITLE=PATH, got '{text}'")
-    return title, path
-
-
 def parse_arguments(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="YAML", help="of a MimicDet")
-    parser.add_argument(
-        "--model",
-        required=True,
-        action="append",
-        type=titled_path,
-        metavar="TITLE=FILE",
-        help="checkpoint and its title; may be given several times",
-    )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write")
-    parser.add_argument(
-        "--num-images",
-        type=int,
-        default=4,
-        metavar="N",
-        help="images of the first of DATASETS.TEST, evenly spaced (default: %(default)s)",
-    )
-    parser.add_argument(
+    result = parser(__doc__, num_images=4)
+    add_titled(result, "--model", "FILE", "checkpoint of a MimicDet")
+    result.add_argument(
         "--boxes", type=int, default=4, metavar="N", help="per image (default: %(default)s)"
     )
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="overrides of config keys, separated by spaces, after all options",
-    )
-    return parser.parse_args(arguments)
+    return parse(result, arguments)
 
 
 def load(cfg: CfgNode, path: str) -> MimicDet:
@@ -138,18 +106,14 @@ def rows_of(title: str, index: int, found: SamplingPoints) -> List[Dict[str, Any
 def main(arguments: Optional[Sequence[str]] = None) -> None:
     args = parse_arguments(arguments)
     with short_errors():
-        if args.num_images < 1 or args.boxes < 1:
-            raise ValueError("--num-images and --boxes must be at least 1")
-        cfg = build_config(args.config_file, args.opts)
-        register_all(cfg)
-        check_datasets(cfg, train=False)
-        os.makedirs(args.output, exist_ok=True)
+        if args.boxes < 1:
+            raise ValueError(f"--boxes must be at least 1, got {args.boxes}")
+        cfg, dataset = prepare(args)
         models = [(title, load(cfg, path)) for title, path in args.model]
-    records = get_detection_dataset_dicts([cfg.DATASETS.TEST[0]], filter_empty=False)
-    mapper = DatasetMapper(cfg, is_train=False)
+        records = annotated_images(cfg, dataset, args.images, args.num_images)
     table: List[Dict[str, Any]] = []
-    for index in tqdm(evenly_spaced(len(records), args.num_images), desc="sampling points"):
-        record = mapper(records[index])
+    for record in tqdm(records, desc="sampling points"):
+        index = record["index"]
         found = [(title, sampling_points(model, record, args.boxes)) for title, model in models]
         image = record["image"].permute(1, 2, 0).numpy()
         image = image if cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]

@@ -1,9 +1,7 @@
 """Figures 5 and 6: the pure computations, what is observed, and the commands."""
 
 import functools
-import importlib
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -27,7 +25,7 @@ from kd_d2.projects.gdetkd.analysis.level_matching import (
 )
 from kd_d2.projects.gdetkd.analysis.observer import RoIObserver
 from kd_d2.projects.gdetkd.records import build_student_rois
-from tests.engine.support import ROOT
+from tests.engine.support import ROOT, importable_tools
 from tests.fixtures import (
     CLASSES,
     registered_toy_dataset,
@@ -219,15 +217,9 @@ TOOLS = ROOT / "projects" / "GDetKD" / "tools"
 
 
 @pytest.fixture
-def command(monkeypatch):
-    """Imports a script of the project by name."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    names = [path.stem for path in TOOLS.glob("*.py")]
-    for name in names:
-        sys.modules.pop(name, None)
-    yield importlib.import_module
-    for name in names:
-        sys.modules.pop(name, None)
+def command():
+    with importable_tools(TOOLS) as import_tool:
+        yield import_tool
 
 
 @pytest.fixture

@@ -1,30 +1,23 @@
 """Every command of projects/CrossKD/tools on a tiny pair and data set."""
 
 import csv
-import importlib
 import re
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.engine.support import ROOT
+from kd_d2.engine.analysis_command import titled_path
+from tests.engine.support import ROOT, importable_tools
 from tests.fixtures import CLASSES, registered_toy_dataset, save_weights, tiny_cfg, tiny_model
 
 TOOLS = ROOT / "projects" / "CrossKD" / "tools"
 
 
 @pytest.fixture
-def command(monkeypatch):
-    """Imports a script of the project by name."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    names = [path.stem for path in TOOLS.glob("*.py")]
-    for name in names:
-        sys.modules.pop(name, None)
-    yield importlib.import_module
-    for name in names:
-        sys.modules.pop(name, None)
+def command():
+    with importable_tools(TOOLS) as import_tool:
+        yield import_tool
 
 
 @pytest.fixture
@@ -171,8 +164,7 @@ def test_mistakes_are_one_sentence(command, files, name, options, message):
     assert re.search(message, str(stopped.value)), stopped.value
 
 
-def test_titles_and_paths(command):
-    titled_path = command("command_line").titled_path
+def test_titles_and_paths():
     assert titled_path("a=b=c") == ("a", "b=c")
     with pytest.raises(Exception, match="TITLE=PATH"):
         titled_path("nothing")
