@@ -131,6 +131,21 @@ def _add_solver_and_data(cfg: CN) -> None:
     cfg.DATALOADER.BAD_IMAGE = "skip"
     # With "skip", stop all the same once this fraction of the requested images was bad.
     cfg.DATALOADER.MAX_BAD_FRACTION = 0.1
+    # Name in MAPPER_REGISTRY: "DatasetMapper" (Detectron2's) or "SSDMapper", which stretches every
+    # image to MODEL.SSD.INPUT_SIZE in float32.
+    cfg.INPUT.MAPPER = "DatasetMapper"
+    # Augmentation of SSDMapper in training, besides INPUT.RANDOM_FLIP; ranges are those of
+    # mmdetection's and DICOD's SSD, see kd_d2.data.photometric and kd_d2.data.ssd_augmentation.
+    cfg.INPUT.SSD_AUG = CN()
+    # Brightness, contrast, saturation, hue and order of channels, each with probability 1/2.
+    cfg.INPUT.SSD_AUG.PHOTOMETRIC = True
+    # Probability that the image is put on a larger canvas; DICOD's code: 0.5, its supplement
+    # reads as 1.
+    cfg.INPUT.SSD_AUG.EXPAND_PROB = 0.5
+    # Largest ratio of the canvas' sides to the image's, at least 1. Published: 4.
+    cfg.INPUT.SSD_AUG.EXPAND_RATIO = 4.0
+    # Crop a patch with a random least IoU with all boxes.
+    cfg.INPUT.SSD_AUG.CROP = True
     # Embedded data set "digit-scenes"; see kd_d2.data.digit_scenes.
     cfg.DATASETS.DIGIT_SCENES = CN()
     cfg.DATASETS.DIGIT_SCENES.NUM_TRAIN = 1500

@@ -95,6 +95,22 @@ _C4 = {
     "MODEL.ROI_HEADS.IN_FEATURES": ["res4"],
     "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 6,
 }
+# Needs images of 128x128: tiny_batch(sizes=((128, 128),)).
+_SSD = {
+    "MODEL.META_ARCHITECTURE": "SSD",
+    "MODEL.BACKBONE.NAME": "build_ssd_vgg_backbone",
+    "MODEL.SSD.NUM_CLASSES": len(CLASSES),
+    "MODEL.SSD.INPUT_SIZE": 128,
+    "MODEL.SSD.STRIDES": (8, 16, 32, 64, 128),
+    "MODEL.SSD.SIZES": (16, 28, 48, 76, 100, 125),
+    "MODEL.SSD.ASPECT_RATIOS": ((2,), (2, 3), (2, 3), (2,), (2,)),
+    "MODEL.SSD_VGG.CHANNELS": (8, 16, 24, 32, 32),
+    "MODEL.SSD_VGG.DEPTHS": (1, 1, 1, 1, 1),
+    "MODEL.SSD_VGG.CONV7_CHANNELS": 48,
+    "MODEL.SSD_VGG.EXTRAS": ((16, 32, 3, 2, 1), (16, 24, 3, 2, 1), (16, 24, 3, 2, 1)),
+    "INPUT.MAPPER": "SSDMapper",
+    "INPUT.FORMAT": "RGB",
+}
 _ARCHITECTURES = {
     "RetinaNet": _RETINANET,
     "FCOS": _own_detector("FCOS"),
@@ -107,6 +123,7 @@ _ARCHITECTURES = {
         "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
     },
     "C4": _C4,
+    "SSD": _SSD,
 }
 _COMMON = {
     "MODEL.DEVICE": "cpu",
@@ -149,7 +166,7 @@ def tiny_cfg(meta_arch: str, **overrides: Any) -> CfgNode:
     """Return the (not frozen) config of a small detector, with the nodes of kd_d2 and projects.
 
     Args:
-        meta_arch: an entry of :data:`FAMILIES`: a meta-architecture, "Cascade" or "C4".
+        meta_arch: an entry of :data:`FAMILIES` (a meta-architecture, "Cascade" or "C4"), or "SSD".
         overrides: dotted keys and values, merged last:
             ``tiny_cfg("RetinaNet", **{"MODEL.RETINANET.NORM": "GN"})``.
     """

@@ -78,7 +78,7 @@ class MapSource(Source):
                 f"MapSource compares '{key}', which the {side} does not have; similar: "
                 f"{near_matches(key, keys, 8)}"
             )
-        return [(stride, keys[key].channels) for stride in keys[key].strides]
+        return keys[key].levels
 
     def _read(self, side: str, view) -> List[torch.Tensor]:
         """Return the maps of ``side`` in the order of :meth:`_levels_of`."""

@@ -5,16 +5,25 @@ from .checks import check_datasets, dataset_classes, drop_unusable_annotations
 from .datasets import dataset_root, register_all
 from .digit_scenes import build_digit_scenes, digit_scenes_paths
 from .loader import ResumableTrainLoader, build_sample_loader, build_test_loader, build_train_loader
-from .mappers import NamingMapper, RobustDataset
+from .mappers import MAPPER_REGISTRY, NamingMapper, RobustDataset, build_mapper
+from .photometric import PhotometricDistortion
 from .scenes import DigitScenesParams
+from .ssd_augmentation import Expand, MinIoUCrop
+from .ssd_mapper import SSDMapper
 
 __all__ = [
     "DigitScenesParams",
+    "Expand",
+    "MAPPER_REGISTRY",
+    "MinIoUCrop",
     "NamingMapper",
+    "PhotometricDistortion",
     "ResumableTrainLoader",
     "RobustDataset",
     "annotated_images",
+    "SSDMapper",
     "build_digit_scenes",
+    "build_mapper",
     "build_sample_loader",
     "build_test_loader",
     "build_train_loader",

@@ -8,7 +8,6 @@ import torch.utils.data as torchdata
 from detectron2.data import (
     DatasetCatalog,
     DatasetFromList,
-    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
@@ -18,7 +17,7 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler
 from detectron2.utils.comm import get_world_size
 
 from .checks import drop_unusable_annotations
-from .mappers import NamingMapper, RobustDataset
+from .mappers import NamingMapper, RobustDataset, build_mapper
 
 __all__ = [
     "OffsetSampler",
@@ -144,7 +143,7 @@ def build_train_loader(
 
     Args:
         cfg: whole config.
-        mapper: default: ``DatasetMapper(cfg, is_train=True)``.
+        mapper: default: the one that INPUT.MAPPER names.
 
     Raises:
         ValueError: if the data are empty or malformed, naming data set and file, or if a key of
@@ -170,7 +169,7 @@ def build_train_loader(
     if isinstance(dicts, list):
         dicts = drop_unusable_annotations(dicts, " + ".join(names))
     if mapper is None:
-        mapper = DatasetMapper(cfg, True)
+        mapper = build_mapper(cfg, True)
     try:
         # Detectron2's own choice of the sampler, so that its seed comes from the same draw.
         arguments = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dicts)
@@ -210,7 +209,7 @@ def build_test_loader(cfg, dataset_name: str, mapper=None):
     Args:
         cfg: whole config.
         dataset_name: one of DATASETS.TEST, or another registered name.
-        mapper: default: ``DatasetMapper(cfg, is_train=False)``.
+        mapper: default: the one that INPUT.MAPPER names.
 
     Raises:
         ValueError: if the data set is empty or malformed.
@@ -224,7 +223,7 @@ def build_test_loader(cfg, dataset_name: str, mapper=None):
     dicts = _load_dicts([dataset_name], filter_empty=False, proposal_files=proposals)
     return build_detection_test_loader(
         dicts,
-        mapper=NamingMapper(mapper or DatasetMapper(cfg, False)),
+        mapper=NamingMapper(mapper or build_mapper(cfg, False)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
 
@@ -246,7 +245,7 @@ def build_sample_loader(cfg, dataset_name: str, num_images: int):
     dicts = _load_dicts([dataset_name], filter_empty=False)
     return build_detection_test_loader(
         [dicts[i] for i in evenly_spaced(len(dicts), num_images)],
-        mapper=NamingMapper(DatasetMapper(cfg, False)),
+        mapper=NamingMapper(build_mapper(cfg, False)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
 

@@ -1,16 +1,37 @@
-"""Mapping of images with a defined answer to those that cannot be used."""
+"""Mappers by name, and mapping of images with a defined answer to those that cannot be used."""
 
 import logging
 from typing import Any, Callable, Dict, Optional, Set
 
+from detectron2.data import DatasetMapper
+from detectron2.utils.registry import Registry
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import Dataset, get_worker_info
 
-__all__ = ["NamingMapper", "RobustDataset"]
+__all__ = ["MAPPER_REGISTRY", "NamingMapper", "RobustDataset", "build_mapper"]
 
 logger = logging.getLogger(__name__)
 
 _BAD_IMAGE = ("skip", "stop")
+
+MAPPER_REGISTRY = Registry("MAPPER")
+MAPPER_REGISTRY.__doc__ = """
+Mappers, looked up by INPUT.MAPPER and called with the config and ``is_train``.
+"""
+MAPPER_REGISTRY.register(DatasetMapper)
+
+
+def build_mapper(cfg, is_train: bool) -> Callable[[Dict[str, Any]], Any]:
+    """Return the mapper that ``INPUT.MAPPER`` names.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    name = cfg.INPUT.MAPPER
+    if name not in MAPPER_REGISTRY:
+        known = sorted(entry for entry, _ in MAPPER_REGISTRY)
+        raise ValueError(f"INPUT.MAPPER must be one of {known}, got '{name}'")
+    return MAPPER_REGISTRY.get(name)(cfg, is_train)
 
 
 class NamingMapper:

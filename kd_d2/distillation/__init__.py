@@ -1,6 +1,6 @@
 """The distillation mechanism: recorder, taps, teachers, distillers and the model around them."""
 
-from . import dense_tap, rcnn_tap  # noqa: F401  (register their taps)
+from . import dense_tap, rcnn_tap, ssd_tap  # noqa: F401  (register their taps)
 from .context import DistillationContext, StudentView
 from .distiller import DISTILLER_REGISTRY, Distiller, build_distillers, require_equal
 from .gradients import gradient_norms

@@ -14,8 +14,9 @@ padded network input, XYXY):
 ``head.cls[i]``        list of (N, C, H, W) after ``i`` tower stages of the classification branch,
                        post-activation; ``i = 0`` is the pyramid. ``head.box[i]``: box branch.
                        Suffix ``:pre``: before the activation of stage ``i``
-``pred.cls``           list of (N, A*K, H, W) raw logits; ``pred.box`` list of (N, A*D, H, W) raw;
-                       ``pred.ctr`` list of (N, A, H, W) logits
+``pred.cls``           list of (N, A*K, H, W) raw logits, of SSD A*(K+1), the background last;
+                       ``pred.box`` list of (N, A*D, H, W) raw; ``pred.ctr`` list of (N, A, H, W)
+                       logits
 ``anchors``            list of ``Boxes``, one a level; ``codec``: object with
                        ``apply_deltas(raw (R, D), anchors (R, 4)) -> (R, 4)``
 ``assign``             :class:`Assignment` of the model's own matcher. Two-stage models: ``anchors``
@@ -31,7 +32,7 @@ padded network input, XYXY):
 
 import re
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple, Union
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -91,15 +92,24 @@ class KeyInfo:
     """What is known about a key before the first step.
 
     Attributes:
-        channels: width of the tensor; None where it has none.
+        channels: width of the tensor; a tuple, one entry a level, where levels differ (SSD); None
+            where there is none.
         strides: input pixels per cell, one entry a level; empty for keys without a grid.
         signature: further facts that two models must share to be compared on this key (cell
             anchors, type and numbers of a box codec, branch of the centerness, ...).
     """
 
-    channels: Optional[int] = None
+    channels: Union[None, int, Tuple[int, ...]] = None
     strides: Tuple[int, ...] = ()
     signature: Tuple = ()
+
+    @property
+    def levels(self) -> List[Tuple[int, int]]:
+        """(stride, channels) of each level, fine to coarse."""
+        widths = self.channels
+        if not isinstance(widths, tuple):
+            widths = (widths,) * len(self.strides)
+        return list(zip(self.strides, widths))
 
 
 @dataclass

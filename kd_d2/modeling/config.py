@@ -1,5 +1,5 @@
 """Configuration keys of the detectors: ``MODEL.GFL`` and ``MODEL.ATSS``, and those of the
-neighbouring files :mod:`config_backbones` and :mod:`config_fcos`.
+neighbouring files :mod:`config_backbones`, :mod:`config_fcos` and :mod:`config_ssd`.
 
 "Official" below is the setting with which GFL (Li et al., NeurIPS 2020) and ATSS (Zhang et al.,
 CVPR 2020) are trained in the 12-epoch COCO baselines that CrossKD builds on.
@@ -9,6 +9,7 @@ from detectron2.config import CfgNode as CN
 
 from .config_backbones import add_backbone_config
 from .config_fcos import add_fcos_config
+from .config_ssd import add_ssd_config
 
 __all__ = ["add_modeling_config", "add_gfl_config", "add_atss_config"]
 
@@ -19,6 +20,7 @@ def add_modeling_config(cfg: CN) -> None:
     add_gfl_config(cfg)
     add_atss_config(cfg)
     add_fcos_config(cfg)
+    add_ssd_config(cfg)
 
 
 def _single_anchor_node() -> CN:

@@ -4,5 +4,7 @@ from .atss import ATSS
 from .dense_head import DenseHead
 from .fcos import FCOS
 from .gfl import GFL
+from .ssd import SSD
+from .ssd_head import SSDHead
 
-__all__ = ["ATSS", "FCOS", "GFL", "DenseHead"]
+__all__ = ["ATSS", "FCOS", "GFL", "SSD", "DenseHead", "SSDHead"]
