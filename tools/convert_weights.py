@@ -16,6 +16,7 @@ from detectron2.modeling import build_model
 from kd_d2.checkpoint import atomic_save, load_checkpoint_file
 from kd_d2.engine.main import build_config
 from kd_d2.modeling.convert import (
+    VGG_VARIANTS,
     Conversion,
     compare_with_model,
     convert_mmdetection,
@@ -32,6 +33,12 @@ examples:
     python tools/convert_weights.py --source torchvision \\
         --input resnet18-f37072fd.pth --output resnet18_d2.pth
 
+  VGG16 of torchvision (IMAGENET1K_FEATURES) for SSD (RGB, that mean, std 1):
+
+    python tools/convert_weights.py --source torchvision \\
+        --input vgg16_features-amdegroot-88682ab5.pth \\
+        --output weights/torchvision_vgg16_features.pth --config-file configs/Base-SSD300.yaml
+
   A detector of mmdetection, checked against the config that is going to use it:
 
     python tools/convert_weights.py --source mmdetection \\
@@ -47,15 +54,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--source",
         required=True,
         choices=("torchvision", "mmdetection"),
-        help="torchvision: classifiers ResNet, MobileNetV2, Swin Transformer; mmdetection: "
+        help="torchvision: classifiers ResNet, MobileNetV2, Swin Transformer, VGG16; mmdetection: "
         "detectors RetinaNet, FCOS, GFL, ATSS",
     )
     parser.add_argument("--input", required=True, help="checkpoint to convert")
     parser.add_argument("--output", required=True, help=".pth file to write")
     parser.add_argument(
         "--prefix",
-        default="backbone.bottom_up.",
-        help="of the keys of a torchvision backbone (default: %(default)s; '' for a bare one)",
+        help="of the keys of a torchvision backbone (default: 'backbone.bottom_up.', of VGG16 "
+        "'backbone.'; '' for a bare one)",
+    )
+    parser.add_argument(
+        "--vgg-variant",
+        default="auto",
+        choices=VGG_VARIANTS,
+        help="weights of a torchvision VGG16: 'features' are Caffe's (IMAGENET1K_FEATURES), 'v1' "
+        "torchvision's own, whose classifier becomes conv6 and conv7 (default: v1 if there is a "
+        "classifier of finite values)",
     )
     parser.add_argument(
         "--res5",
@@ -101,7 +116,9 @@ def convert(args: argparse.Namespace) -> Conversion:
     """
     state_dict = unwrap_state_dict(load_checkpoint_file(args.input))
     if args.source == "torchvision":
-        result = convert_torchvision(state_dict, prefix=args.prefix, res5=args.res5)
+        result = convert_torchvision(
+            state_dict, args.prefix, res5=args.res5, vgg_variant=args.vgg_variant
+        )
     else:
         result = convert_mmdetection(state_dict)
     comparison = None

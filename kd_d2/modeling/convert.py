@@ -1,7 +1,8 @@
 """Foreign checkpoints in the names of this library and Detectron2.
 
 Pure functions on state dicts. Known are torchvision's classifiers (ResNet, MobileNetV2, Swin
-Transformer) and mmdetection's RetinaNet, FCOS, GFL and ATSS with a ResNet or Swin Transformer.
+Transformer, VGG16) and mmdetection's RetinaNet, FCOS, GFL and ATSS with a ResNet or Swin
+Transformer.
 Nothing is dropped silently: every key of the source ends up in :attr:`Conversion.used`,
 :attr:`Conversion.dropped` (with the reason) or :attr:`Conversion.unused`.
 """
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "VGG_VARIANTS",
     "Comparison",
     "Conversion",
     "RETINANET_ANCHOR_ORDER",
@@ -24,6 +26,9 @@ __all__ = [
     "permute_anchors",
     "unwrap_state_dict",
 ]
+
+# How a torchvision VGG16 was trained, see convert_torchvision.
+VGG_VARIANTS = ("auto", "features", "v1")
 
 # Anchor j of Detectron2 (sizes outer, ratios inner loop) is this anchor of mmdetection (ratios
 # outer, sizes inner loop), for 3 sizes and 3 ratios.
@@ -128,6 +133,65 @@ def _resnet_rules(source: str, target: str, last: str) -> List[_Rule]:
         _Rule(block + r"downsample\.0\.(weight)", stage(r"\2.shortcut.\3")),
         _Rule(block + r"downsample\.1\.(\w+)", stage(r"\2.shortcut.norm.\3")),
     ]
+
+
+# Layers of torchvision's VGG16 that have parameters, and its standard deviations, RGB of 0..255.
+_VGG16_CONVS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+_IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+def _vgg16_rules(target: str, from_classifier: bool) -> List[_Rule]:
+    same = _Rule(r"(features\.\d+\.(?:weight|bias))", target + r"\1")
+    if not from_classifier:
+        return [same]
+
+    def divided(weight):
+        return weight / weight.new_tensor(_IMAGENET_STD).view(1, 3, 1, 1)
+
+    # Every third row and column of fc6's 7x7 taps, every fourth of its 4096 outputs; fc7 likewise.
+    return [
+        _Rule(r"features\.0\.weight", target + "features.0.weight", divided),
+        same,
+        _Rule(
+            r"classifier\.0\.weight",
+            target + "features.31.weight",
+            lambda fc6: fc6.view(4096, 512, 7, 7)[::4, :, ::3, ::3],
+        ),
+        _Rule(
+            r"classifier\.3\.weight",
+            target + "features.33.weight",
+            lambda fc7: fc7.view(4096, 4096, 1, 1)[::4, ::4],
+        ),
+        _Rule(
+            r"classifier\.([03])\.bias",
+            lambda m: target + f"features.{31 if m.group(1) == '0' else 33}.bias",
+            lambda bias: bias[::4],
+        ),
+    ]
+
+
+def _convert_vgg16(state_dict: Mapping[str, Tensor], prefix: str, variant: str) -> Conversion:
+    if variant not in VGG_VARIANTS:
+        raise ValueError(f"The variant of VGG16 must be one of {VGG_VARIANTS}, got {variant!r}")
+    classifier = state_dict.get("classifier.0.weight")
+    if variant == "auto":
+        usable = classifier is not None and bool(classifier.isfinite().all())
+        variant = "v1" if usable else "features"
+    if variant == "v1" and classifier is None:
+        raise ValueError("Variant 'v1' of VGG16 needs the classifier, which the source lacks")
+    drops = [(r"classifier\.6\.\w+", _CLASSIFIER)]
+    prefix_pattern = re.escape(prefix)
+    absent = [prefix_pattern + r"(l2norm|extras)\..*", f"(?!{prefix_pattern}).*"]
+    if variant == "features":
+        drops.append((r"classifier\.[03]\.\w+", "not valid in Caffe's weights"))
+        absent.append(prefix_pattern + r"features\.3[13]\.(weight|bias)")
+    return _apply(
+        f"torchvision VGG16 ({variant})",
+        state_dict,
+        _vgg16_rules(prefix, variant == "v1"),
+        drops,
+        absent=tuple(absent),
+    )
 
 
 def _mobilenet_v2_rules(target: str) -> List[_Rule]:
@@ -318,7 +382,10 @@ def unwrap_state_dict(checkpoint: Mapping) -> Dict[str, Tensor]:
 
 
 def convert_torchvision(
-    state_dict: Mapping[str, Tensor], prefix: str = "backbone.bottom_up.", res5: str = ""
+    state_dict: Mapping[str, Tensor],
+    prefix: Optional[str] = None,
+    res5: str = "",
+    vgg_variant: str = "auto",
 ) -> Conversion:
     """Convert a torchvision classifier to the names of a backbone.
 
@@ -327,17 +394,30 @@ def convert_torchvision(
     :mod:`kd_d2.modeling.backbone`. The family is recognised by its keys. All of them expect RGB
     images normalised with mean (123.675, 116.28, 103.53) and std (58.395, 57.12, 57.375).
 
+    VGG16 becomes SSD's, which expects RGB images minus that mean and std 1. Of its two forms
+    "features" (``VGG16_Weights.IMAGENET1K_FEATURES``) has Caffe's weights, which are of that
+    convention; its classifier is not valid, so conv6 and conv7 stay as initialised. "v1"
+    (``IMAGENET1K_V1``) was trained with the std, which goes into the first weights, exactly; conv6
+    and conv7 are every third tap and every fourth channel of its classifier (Chen et al., DeepLab).
+
     Args:
         state_dict: torchvision's.
-        prefix: of the target keys; "" for a bare backbone.
+        prefix: of the target keys; "" for a bare backbone, None for that of a detector:
+            "backbone.", and "backbone.bottom_up." for backbones below a pyramid.
         res5: of the target keys of a ResNet's last stage if that is elsewhere: for detectors with a
             C4 head "roi_heads.res5." (and ``prefix`` "backbone.").
+        vgg_variant: "features", "v1", or "auto": "v1" if there is a classifier of finite values.
 
     Raises:
-        ValueError: the keys are of no known family, or ``res5`` is given for another than ResNet.
+        ValueError: the keys are of no known family, ``res5`` is given for another than ResNet, or
+            the variant of VGG16 is unknown.
     """
     if res5 and "layer1.0.conv1.weight" not in state_dict:
         raise ValueError(f"only a ResNet has a last stage that could become '{res5}'")
+    convs = {f"features.{i}.{name}" for i in _VGG16_CONVS for name in ("weight", "bias")}
+    if {key for key in state_dict if key.startswith("features.")} == convs:
+        return _convert_vgg16(state_dict, "backbone." if prefix is None else prefix, vgg_variant)
+    prefix = "backbone.bottom_up." if prefix is None else prefix
     # A classifier says nothing about the rest of a detector.
     own = "|".join(re.escape(p) for p in (prefix, res5) if p)
     outside = (f"(?!{own}).*",) if prefix else ()
@@ -360,7 +440,7 @@ def convert_torchvision(
             "torchvision MobileNetV2", state_dict, _mobilenet_v2_rules(prefix), head, absent=outside
         )
     raise ValueError(
-        "Not a torchvision ResNet, MobileNetV2 or Swin Transformer; the first keys are "
+        "Not a torchvision ResNet, MobileNetV2, Swin Transformer or VGG16; the first keys are "
         f"{list(state_dict)[:5]}"
     )
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from kd_d2.config import get_cfg
 from kd_d2.engine.main import build_config
-from kd_d2.modeling.backbone import MobileNetV2, Swin
+from kd_d2.modeling.backbone import MobileNetV2, Swin, build_ssd_vgg_backbone
 from kd_d2.modeling.convert import (
     RETINANET_ANCHOR_ORDER,
     compare_with_model,
@@ -134,6 +134,82 @@ def test_swin_t_features_agree():
         )
         last = reference.norm(reference.features(x)).permute(0, 3, 1, 2)
     torch.testing.assert_close(outputs["res5"], last, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def vgg16():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torchvision.models.vgg16(weights=None, num_classes=2).eval()
+        nn.init.normal_(model.classifier[0].bias)
+        nn.init.normal_(model.classifier[3].bias)
+    return model
+
+
+def _ssd_vgg():
+    cfg = get_cfg()
+    return build_ssd_vgg_backbone(cfg, ShapeSpec(channels=3)).eval()
+
+
+def test_vgg16_of_caffe_for_ssd(vgg16):
+    """Features agree on images minus the mean; conv6 and conv7 are left to their initialisation."""
+    state = vgg16.state_dict()
+    # torchvision's file of these weights has such a classifier
+    state = {k: v * float("nan") if "classifier" in k else v for k, v in state.items()}
+    result = convert_torchvision(state, prefix="")
+    assert result.source == "torchvision VGG16 (features)" and not result.unused
+    assert set(result.dropped) == {k for k in state if k.startswith("classifier")}
+    ours = _ssd_vgg()
+    comparison = compare_with_model(result, ours.state_dict())
+    assert comparison.fits and "features.31.weight" in comparison.initial
+    assert {k.split(".")[0] for k in comparison.initial} == {"features", "extras", "l2norm"}
+    ours.load_state_dict(result.state_dict, strict=False)
+    x = torch.randn(1, 3, 64, 96) * 50
+    with torch.no_grad():
+        torch.testing.assert_close(ours.features[:30](x), vgg16.features[:30](x))
+
+
+def test_vgg16_of_torchvision_for_ssd(vgg16):
+    """The std is in the first weights; conv6 and conv7 are the decimated classifier."""
+    state = vgg16.state_dict()
+    result = convert_torchvision(state, prefix="")
+    assert result.source == "torchvision VGG16 (v1)" and not result.unused
+    assert set(result.dropped) == {"classifier.6.weight", "classifier.6.bias"}
+    ours = _ssd_vgg()
+    comparison = compare_with_model(result, ours.state_dict())
+    assert comparison.fits
+    assert {k.split(".")[0] for k in comparison.initial} == {"extras", "l2norm"}
+    ours.load_state_dict(result.state_dict, strict=False)
+    x = torch.randn(1, 3, 64, 96) * 50
+    std = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = vgg16.features[:30](x / std)
+        torch.testing.assert_close(ours.features[:30](x), expected, rtol=1e-4, atol=1e-4)
+
+    fc6, fc7 = state["classifier.0.weight"], state["classifier.3.weight"]
+    conv6, conv7 = result.state_dict["features.31.weight"], result.state_dict["features.33.weight"]
+    assert conv6.shape == (1024, 512, 3, 3) and conv7.shape == (1024, 1024, 1, 1)
+    for out, channel, y, x in ((0, 0, 0, 0), (1023, 511, 2, 2), (17, 300, 1, 2)):
+        assert conv6[out, channel, y, x] == fc6[4 * out, channel * 49 + 3 * y * 7 + 3 * x]
+    assert conv7[5, 1000, 0, 0] == fc7[20, 4000]
+    assert result.state_dict["features.31.bias"][9] == state["classifier.0.bias"][36]
+    assert result.state_dict["features.33.bias"][9] == state["classifier.3.bias"][36]
+
+
+def test_vgg16_prefix_and_variants(vgg16):
+    state = vgg16.state_dict()
+    assert "backbone.features.28.bias" in convert_torchvision(state).state_dict
+    as_caffe = convert_torchvision(state, vgg_variant="features").state_dict
+    assert torch.equal(as_caffe["backbone.features.0.weight"], state["features.0.weight"])
+    assert "backbone.features.31.weight" not in as_caffe
+    bare = {k: v for k, v in state.items() if k.startswith("features")}
+    assert convert_torchvision(bare).source == "torchvision VGG16 (features)"
+    with pytest.raises(ValueError, match="'v1' of VGG16 needs the classifier"):
+        convert_torchvision(bare, vgg_variant="v1")
+    with pytest.raises(ValueError, match="must be one of .*'auto', 'features', 'v1'"):
+        convert_torchvision(state, vgg_variant="caffe")
+    with pytest.raises(ValueError, match="Not a torchvision ResNet"):
+        convert_torchvision(torchvision.models.vgg11(weights=None, num_classes=2).state_dict())
 
 
 def test_prefix_and_frozen_norm():
