@@ -19,6 +19,7 @@ from kd_d2.distillation import (
     Key,
     LossSchedule,
     MethodInfo,
+    sigmoid_classes,
 )
 from kd_d2.losses.precision import full_precision
 
@@ -264,7 +265,7 @@ def _check_pair(student_keys, teacher_keys) -> None:
             f"HEAD's assistant needs {len(theirs.strides)} levels, 'neck' of the student has "
             f"{len(ours.strides)} (strides {ours.strides})"
         )
-    classes = student_keys["pred.cls"].signature[0], teacher_keys["roi.cls"].channels - 1
+    classes = sigmoid_classes("HEAD", "student", student_keys), teacher_keys["roi.cls"].channels - 1
     if classes[0] != classes[1]:
         raise ValueError(
             f"HEAD: the student has {classes[0]} classes, the teacher's 'roi.cls' {classes[1]}; "

@@ -6,6 +6,8 @@ import torch
 from detectron2.layers import nms
 from detectron2.structures import Boxes, Instances
 
+from kd_d2.distillation import sigmoid_classes
+
 from .locations import anchor_rows
 from .pair import Block
 from .regions import GISelect
@@ -86,7 +88,7 @@ class DenseProposals(RoISet):
         if "pred.cls" not in student_keys:
             raise ValueError("the student has no 'pred.cls': it is no dense detector")
         info = student_keys["pred.cls"]
-        self._classes = info.signature[0]
+        self._classes = sigmoid_classes("DenseProposals", "student", student_keys)
         self._box_dim = student_keys["pred.box"].channels // (info.channels // self._classes)
 
     def __call__(self, ctx):

@@ -6,7 +6,7 @@ import torch
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch.nn import functional as F
 
-from kd_d2.distillation import require_equal
+from kd_d2.distillation import require_equal, sigmoid_classes
 from kd_d2.distillation.recorder import near_matches
 
 from .pair import Block, Grid, Pair
@@ -192,6 +192,9 @@ class DenseSource(Source):
                 )
         for key in (self.key, "codec", "anchors"):
             require_equal("DenseSource", key, student_keys, teacher_keys)
+        self._classes = 0
+        if self._output == "cls":
+            self._classes = sigmoid_classes("DenseSource", "student", student_keys)
         facts = dict(student_keys["codec"].signature[1:])
         self._box_dim = facts.get("box_dim", 4)
         if self._bins and self._box_dim <= 4:
@@ -199,7 +202,6 @@ class DenseSource(Source):
                 "DenseSource(bins=True) compares distributions over the bins of box sides (GFL), "
                 f"but these detectors predict {self._box_dim} numbers per box"
             )
-        self._classes = student_keys["pred.cls"].signature[0]
         self.strides = student_keys[self.key].strides
         dim = self._dim()
         self.widths = ((dim, dim),) * (len(self.strides) if self._per_level else 1)

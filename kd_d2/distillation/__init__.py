@@ -2,7 +2,13 @@
 
 from . import dense_tap, rcnn_tap, ssd_tap  # noqa: F401  (register their taps)
 from .context import DistillationContext, StudentView
-from .distiller import DISTILLER_REGISTRY, Distiller, build_distillers, require_equal
+from .distiller import (
+    DISTILLER_REGISTRY,
+    Distiller,
+    build_distillers,
+    require_equal,
+    sigmoid_classes,
+)
 from .gradients import gradient_norms
 from .method_info import MethodInfo
 from .model import KDModel
@@ -37,4 +43,5 @@ __all__ = [
     "freeze",
     "gradient_norms",
     "require_equal",
+    "sigmoid_classes",
 ]

@@ -174,6 +174,22 @@ def require_equal(
             )
 
 
+def sigmoid_classes(method: str, side: str, keys: Mapping[str, KeyInfo]) -> int:
+    """Return the number K of class scores that ``pred.cls`` of ``side`` has for an anchor.
+
+    Raises:
+        ValueError: they are no independent sigmoids but a softmax with background, as SSD's.
+    """
+    classes, *facts = keys["pred.cls"].signature
+    if "softmax" in facts:
+        raise ValueError(
+            f"{method} takes class scores for sigmoids, but 'pred.cls' of the {side} is a softmax "
+            f"over {classes} classes, the background included (SSD); use a method that compares "
+            "feature maps, e.g. FitNets or PKD"
+        )
+    return classes
+
+
 def build_distillers(
     cfg: CfgNode,
     student_keys: Mapping[str, KeyInfo],

@@ -6,7 +6,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torchvision.ops import batched_nms
 
-from kd_d2.distillation import require_equal
+from kd_d2.distillation import require_equal, sigmoid_classes
 
 from ..locations import anchor_rows
 from ..registry import KD_REGIONS
@@ -63,7 +63,8 @@ class GISelect(AnchorRegion):
         for key in ("pred.cls", "anchors", "pred.box"):
             require_equal("GISelect", key, student_keys, teacher_keys)
         info = student_keys["pred.cls"]
-        self._classes, self.strides = info.signature[0], info.strides
+        self._classes = sigmoid_classes("GISelect", "student", student_keys)
+        self.strides = info.strides
         anchors_per_cell = info.channels // self._classes
         self._box_dim = student_keys["pred.box"].channels // anchors_per_cell
 

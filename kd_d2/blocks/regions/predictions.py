@@ -4,7 +4,7 @@ from typing import List, Sequence
 
 import torch
 
-from kd_d2.distillation import require_equal
+from kd_d2.distillation import require_equal, sigmoid_classes
 
 from ..pair import Grid
 from ..registry import KD_REGIONS
@@ -44,6 +44,8 @@ class TeacherConf(CellRegion):
                 "a detector as teacher or another region"
             )
         self._key, self.teacher_needs = found[0], (found[0],)
+        if self._key == "pred.cls":
+            sigmoid_classes("TeacherConf", "teacher", teacher_keys)
         self.strides = teacher_keys[self._key].strides
 
     def cells(self, ctx, grids):
@@ -70,6 +72,8 @@ class PredDiff(CellRegion):
         key = self._key = found[0]
         for fact in (key, "anchors"):
             require_equal("PredDiff", fact, student_keys, teacher_keys)
+        if key == "pred.cls":
+            sigmoid_classes("PredDiff", "student", student_keys)
         self.student_needs = self.teacher_needs = (key,)
         self.strides = student_keys[key].strides
 

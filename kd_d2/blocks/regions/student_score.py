@@ -1,5 +1,7 @@
 """Weights by the student's own confidence."""
 
+from kd_d2.distillation import sigmoid_classes
+
 from ..locations import anchor_rows
 from ..registry import KD_REGIONS
 from .base import AnchorRegion
@@ -20,7 +22,7 @@ class StudentScore(AnchorRegion):
                 "StudentScore needs 'pred.cls' of the student, which it does not have: it must be "
                 "a dense detector"
             )
-        self._classes = student_keys["pred.cls"].signature[0]
+        self._classes = sigmoid_classes("StudentScore", "student", student_keys)
 
     def anchors(self, ctx):
         levels = ctx.student["pred.cls"]
