@@ -86,8 +86,8 @@ class SSDVGG(Backbone):
         _initialise(self.features[:start], nn.init.kaiming_normal_, mode="fan_out")
         _initialise(self.features[start:], nn.init.xavier_uniform_)
         _initialise(self.extras, nn.init.xavier_uniform_)
-        self._out_features = ["conv4_3", *(f"conv{i + 7}_2" for i in range(len(extras) + 1))]
-        self._out_features[1] = "conv7"
+        extra_names = [f"conv{i + 8}_2" for i in range(len(extras))]
+        self._out_features = ["conv4_3", "conv7", *extra_names]
         self._out_feature_channels = dict(zip(self._out_features, widths))
         self._out_feature_strides = dict(zip(self._out_features, strides))
 
