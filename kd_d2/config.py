@@ -54,6 +54,7 @@ def add_kd_config(cfg: CN) -> None:
     """Add the nodes of the library (mechanism, detectors, baselines, data) to ``cfg``."""
     add_modeling_config(cfg)
     _add_solver_and_data(cfg)
+    _add_evaluation(cfg)
 
     cfg.KD = CN()
     # False: plain Detectron2 training of the same YAML, no teacher is built or read.
@@ -168,6 +169,16 @@ def _add_solver_and_data(cfg: CN) -> None:
     cfg.DATASETS.DIGIT_SCENES.BACKGROUND = (15, 50)
     # Another seed gives other scenes of the same digits.
     cfg.DATASETS.DIGIT_SCENES.SEED = 0
+
+
+def _add_evaluation(cfg: CN) -> None:
+    # Error types (TIDE) beside AP, for data sets that are evaluated as COCO; see
+    # kd_d2.evaluation.tide. Metrics: "tide/Cls" etc., AP points, means over the thresholds, and
+    # "tide/Cls-50" etc. at each of them.
+    cfg.TEST.TIDE = CN()
+    cfg.TEST.TIDE.ENABLED = False
+    # Ascending IoUs that make a true positive, above 0.1 (the background's) and below 1.
+    cfg.TEST.TIDE.THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
 def get_cfg() -> CN:

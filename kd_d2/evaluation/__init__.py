@@ -6,6 +6,7 @@ from .build import (
     build_evaluator,
     build_sample_evaluator,
 )
+from .tide import TideEvaluator, TideResult, tide_errors
 from .voc import PascalVOCEvaluator, SampledPascalVOCEvaluator
 
 __all__ = [
@@ -13,6 +14,9 @@ __all__ = [
     "PascalVOCEvaluator",
     "SampledPascalVOCEvaluator",
     "SubsetEvaluator",
+    "TideEvaluator",
+    "TideResult",
     "build_evaluator",
     "build_sample_evaluator",
+    "tide_errors",
 ]

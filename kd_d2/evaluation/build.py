@@ -8,6 +8,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
 
+from .tide import TideEvaluator
 from .voc import PascalVOCEvaluator, SampledPascalVOCEvaluator
 
 __all__ = [
@@ -83,7 +84,7 @@ def build_sample_evaluator(
 
 @EVALUATOR_BUILDERS.register()
 def coco(cfg, dataset_name: str, output_folder: str, sampled: bool) -> DatasetEvaluator:
-    """COCO's AP, from the data set's JSON file or from its dictionaries.
+    """COCO's AP, from the data set's JSON file or from its dictionaries, and TEST.TIDE.
 
     The latter are written in COCO's format once, as <output_folder>/<name>_coco_format.json, and
     again when the "label_file" of the data set's metadata is newer.
@@ -98,12 +99,20 @@ def coco(cfg, dataset_name: str, output_folder: str, sampled: bool) -> DatasetEv
         output_dir=output_folder,
         allow_cached_coco=not _older(cached, metadata.get("label_file")),
     )
+    tide = cfg.TEST.TIDE
+    if tide.ENABLED:
+        evaluator = TideEvaluator(evaluator, dataset_name, output_folder, tide.THRESHOLDS)
     return SubsetEvaluator(evaluator) if sampled else evaluator
 
 
 @EVALUATOR_BUILDERS.register()
 def pascal_voc(cfg, dataset_name: str, output_folder: str, sampled: bool) -> DatasetEvaluator:
     """Pascal VOC's AP: the 11-point version for 2007, the area for 2012; AP70 and AP90 as well."""
+    if cfg.TEST.TIDE.ENABLED:
+        raise ValueError(
+            f"TEST.TIDE.ENABLED is True, but {dataset_name} has the evaluator type 'pascal_voc' "
+            "and error types need 'coco'; set TEST.TIDE.ENABLED False"
+        )
     kind = SampledPascalVOCEvaluator if sampled else PascalVOCEvaluator
     return kind(dataset_name)
 

@@ -5,12 +5,14 @@ from .curves import draw_curves
 from .detections import draw_detections
 from .matrices import draw_matrices
 from .page import html_page, markdown_table
+from .panels import draw_panels
 
 __all__ = [
     "draw_bars",
     "draw_curves",
     "draw_detections",
     "draw_matrices",
+    "draw_panels",
     "html_page",
     "markdown_table",
 ]
