@@ -257,6 +257,15 @@ def test_ap_is_that_of_pycocotools(seed):
     assert result.ap == pytest.approx(coco_precision(gt, predictions, some), abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in RULES if "crowd" in name and "another" not in name]
+)
+def test_crowd_regions_are_those_of_pycocotools(name):
+    # exactly half inside counts as inside at IoU 0.5
+    gt, predictions = scene(*RULES[name][:2], classes=1)
+    assert tide_errors(gt, predictions).ap == pytest.approx(coco_precision(gt, predictions))
+
+
 def test_every_detection_is_a_true_positive_or_one_type_of_error():
     gt, predictions = random_scene(5)
     result = tide_errors(gt, predictions)
@@ -264,7 +273,7 @@ def test_every_detection_is_a_true_positive_or_one_type_of_error():
     detected = [sum(result.counts[k][i] for k in ERROR_TYPES if k != "Miss") for i in range(10)]
     right = [len(predictions) - n for n in detected]
     assert all(0 <= r <= objects - m for r, m in zip(right, result.counts["Miss"]))
-    assert right[0] > 30 and right == sorted(right, reverse=True)
+    assert right[0] > 10 and right == sorted(right, reverse=True)
     assert all(0 <= value <= 100 for values in result.errors.values() for value in values)
 
 
