@@ -15,10 +15,10 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
-from detectron2.utils.registry import Registry
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kd_d2.config import choice
 from kd_d2.data import (
     NamingMapper,
     PhotometricDistortion,
@@ -33,7 +33,6 @@ from .crop_files import check_crop_files, patch_bounds, patch_file
 from .crop_index import CropIndex, load_crop_indices
 
 __all__ = [
-    "CROP_MODES",
     "CropMapper",
     "CropRecords",
     "OnlineCropLoader",
@@ -45,12 +44,6 @@ __all__ = [
 ]
 
 Batch = Dict[str, Tensor]
-
-CROP_MODES = Registry("CROP_MODES")
-CROP_MODES.__doc__ = """
-Where training crops come from, looked up by CROP_CLASSIFIER.MODE: functions of the config that
-return an endless loader with ``rewind`` and a state dict, as ResumableTrainLoader.
-"""
 
 
 def crop_raw(image: Tensor, boxes: Tensor, size: int, fill: Tensor) -> Tensor:
@@ -241,11 +234,7 @@ def build_crop_train_loader(cfg):
         ValueError: unknown mode, unequal classes, no crops, or a batch that cannot be shared.
         FileNotFoundError: a data set is not there.
     """
-    mode = cfg.CROP_CLASSIFIER.MODE
-    if mode not in CROP_MODES:
-        known = sorted(name for name, _ in CROP_MODES)
-        raise ValueError(f"CROP_CLASSIFIER.MODE must be one of {known}, got '{mode}'")
-    return CROP_MODES.get(mode)(cfg)
+    return _MODES[choice("CROP_CLASSIFIER.MODE", cfg.CROP_CLASSIFIER.MODE, _MODES)](cfg)
 
 
 def build_crop_test_loader(cfg, name: str):
@@ -271,7 +260,6 @@ def iterations_per_epoch(cfg) -> int:
     return math.ceil(crops / node.BATCH_SIZE)
 
 
-@CROP_MODES.register("object")
 def _object_loader(cfg) -> ResumableTrainLoader:
     node = cfg.CROP_CLASSIFIER
     batch = _per_process(cfg)
@@ -299,7 +287,6 @@ def _object_loader(cfg) -> ResumableTrainLoader:
     )
 
 
-@CROP_MODES.register("online")
 def _online_loader(cfg) -> OnlineCropLoader:
     node = cfg.CROP_CLASSIFIER
     batch = _per_process(cfg)
@@ -316,6 +303,9 @@ def _online_loader(cfg) -> OnlineCropLoader:
     return OnlineCropLoader(
         build_train_loader(cfg, mapper), batch_size=batch, buffer_size=node.SHUFFLE_BUFFER
     )
+
+
+_MODES = {"object": _object_loader, "online": _online_loader}
 
 
 def _object_mapper(cfg, is_train: bool) -> CropMapper:

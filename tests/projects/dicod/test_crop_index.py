@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 # the image is 120 wide and 90 high
 KEPT = [
     annotation([10, 20, 30, 40], 2),
-    annotation([64.1, 3, 1.0, 5.5], 1),  # 64.1 + 1 - 64.1 < 1 in floating point
+    annotation([0.13, 3, 1.0, 5.5], 1),  # 0.13 + 1 - 0.13 < 1 in floating point
     annotation([-20, -10, 20.5, 10.5], 3),  # half a pixel inside
     annotation([119.5, 89.5, 50, 50], 2),
     annotation([5, 6, 7.25, 8.125], 2, area=0.5),  # the area is that of a mask
