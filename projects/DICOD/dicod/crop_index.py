@@ -281,7 +281,9 @@ class _Source:
     def fingerprint(self) -> str:
         """Changes when the annotations, the classes or the places of the images do."""
         if not self._fingerprint:
-            facts = json.dumps([_VERSION, self.classes, *self._facts()], sort_keys=True, default=float)
+            facts = json.dumps(
+                [_VERSION, self.classes, *self._facts()], sort_keys=True, default=float
+            )
             self._fingerprint = hashlib.sha256(facts.encode()).hexdigest()
         return self._fingerprint
 
