@@ -1,6 +1,7 @@
 """Parts of detectors that have no configuration of their own."""
 
 from .atss_assigner import ATSSAssigner, atss_candidates, atss_threshold
+from .box_crop import crop_boxes
 from .centerness import centerness
 from .default_boxes import DefaultBoxGenerator
 from .distribution import DistributionBox2BoxTransform
@@ -23,6 +24,7 @@ __all__ = [
     "atss_candidates",
     "atss_threshold",
     "centerness",
+    "crop_boxes",
     "paired_iou",
     "reduce_mean",
     "valid_anchor_mask",
