@@ -8,7 +8,7 @@ checkpoint goes to KD.TEACHER.WEIGHTS, with KD.TEACHER.TYPE "ClassifierTeacher".
 
 import logging
 from collections import OrderedDict
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,7 @@ def with_schedule(cfg: CfgNode) -> CfgNode:
 
     What the student's config says there is not for the classifier. Reads or builds the index.
     """
+    _check_test_classes(cfg, dataset_classes(cfg.DATASETS.TRAIN[0]))
     node = cfg.CROP_CLASSIFIER
     epoch = iterations_per_epoch(cfg)
     total = node.EPOCHS * epoch
@@ -71,6 +72,15 @@ def with_schedule(cfg: CfgNode) -> CfgNode:
     cfg.freeze()
     logger.info(f"{epoch} iterations per epoch, {node.EPOCHS} epochs")
     return cfg
+
+
+def _check_test_classes(cfg: CfgNode, classes: Sequence[str]) -> None:
+    for name in cfg.DATASETS.TEST:
+        if dataset_classes(name) != list(classes):
+            raise ValueError(
+                f"{name} (DATASETS.TEST) has the classes {dataset_classes(name)}, the classifier "
+                f"{list(classes)}; evaluate on data with the same classes in the same order"
+            )
 
 
 class ClassifierTrainer(KDTrainer):
@@ -167,12 +177,13 @@ def prepare(args) -> Callable[[], Any]:
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("--eval-only needs a classifier: give its checkpoint as MODEL.WEIGHTS")
     model = load_classifier(cfg.MODEL.WEIGHTS, allow_unsafe=cfg.KD.ALLOW_UNSAFE_LOAD)
-    expected = CropClassifier(cfg, dataset_classes(cfg.DATASETS.TEST[0])).metadata()
+    _check_test_classes(cfg, model.classes)
+    expected = CropClassifier(cfg, model.classes).metadata()
     for key, value in model.metadata().items():
         if key != "losses" and value != expected[key]:
             raise ValueError(
-                f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} is a classifier with {key} {value}, config and "
-                f"data set say {expected[key]}"
+                f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} is a classifier with {key} {value}, the config "
+                f"says {expected[key]}"
             )
     model.to(torch.device(cfg.MODEL.DEVICE))
     return lambda: evaluate(cfg, model)

@@ -179,8 +179,8 @@ def load_crop_index(name: str, folder: str = "", progress: bool = True) -> CropI
         progress: show a progress bar while building.
 
     Raises:
-        ValueError, FileNotFoundError: see :func:`build_crop_index`.
-        OSError: the folder cannot be written.
+        ValueError, FileNotFoundError: see :func:`build_crop_index`; a ValueError, too, if the
+            folder cannot be written.
     """
     folder = folder or os.path.join(dataset_root(), "crop_index")
     path = os.path.join(folder, f"{name}.npz")
@@ -193,7 +193,7 @@ def load_crop_index(name: str, folder: str = "", progress: bool = True) -> CropI
                 os.makedirs(folder, exist_ok=True)
                 index.save(path)
             except OSError as error:
-                raise OSError(
+                raise ValueError(
                     f"The crop index of {name} could not be stored as {path} ({error}); name a "
                     "folder that can be written in CROP_CLASSIFIER.INDEX_DIR (--index-dir)."
                 ) from error

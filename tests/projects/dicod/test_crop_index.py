@@ -157,7 +157,7 @@ def test_the_index_is_stored_and_built_again_when_stale(tmp_path, monkeypatch):
 
         blocked = tmp_path / "file"
         blocked.write_text("")
-        with pytest.raises(OSError, match="CROP_CLASSIFIER.INDEX_DIR"):
+        with pytest.raises(ValueError, match="CROP_CLASSIFIER.INDEX_DIR"):
             load_crop_index(name, str(blocked / "below"), progress=False)
 
 

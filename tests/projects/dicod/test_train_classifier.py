@@ -143,7 +143,7 @@ def test_it_learns(dataset, tmp_path):
             *("CROP_CLASSIFIER.INDEX_DIR", str(tmp_path / "index")),
         ]
     )
-    with pytest.raises(ValueError, match="with input_size 32, config and data set say 112"):
+    with pytest.raises(ValueError, match="with input_size 32, the config says 112"):
         script().prepare(args)
     args.opts += ["CROP_CLASSIFIER.INPUT_SIZE", "32"]
     assert script().prepare(args)() == {dataset: results}
@@ -193,6 +193,13 @@ def test_the_students_training_keys_are_not_the_classifiers(dataset, tmp_path):
     assert cfg.SOLVER.REFERENCE_WORLD_SIZE == 0
     with pytest.raises(ValueError, match="OPTIMIZER must be one of .* got 'lamb'"):
         train(tmp_path, dataset, **{"CROP_CLASSIFIER.OPTIMIZER": "lamb"})
+
+
+def test_evaluation_on_other_classes_is_refused_at_once(dataset, tmp_path):
+    with registered_toy_dataset(tmp_path, 1, CLASSES[::-1]) as other:
+        cfg = classifier_cfg(tmp_path, dataset, **{"DATASETS.TEST": (dataset, other)})
+        with pytest.raises(ValueError, match="'cross', 'square', 'disc'.* the classifier .'disc'"):
+            script().with_schedule(cfg)
 
 
 # --------------------------------------------------------------------------- two processes
