@@ -152,6 +152,13 @@ RULES = {
         [(1, A, box(40), 0.9), (1, A, box(), 0.8)],
         {"Loc": 1}, 50, {"Loc": 50},
     ),
+    "no object is found twice": (
+        [(1, A, box()), (1, A, FAR)],
+        [(1, A, box(40), 0.9), (1, A, box(), 0.8)],
+        # F T of two objects, then T: 51 recalls
+        {"Loc": 1, "Miss": 1}, 100 * 51 / 202,
+        {"Loc": 100 * 51 / 202, "Miss": 50 - 100 * 51 / 202},
+    ),
     "of a claim by box and one by class the higher score wins: box": (
         [(1, A, box())],
         [(1, A, box(40), 0.9), (1, B, box(), 0.8)],
