@@ -172,13 +172,16 @@ def test_an_epoch_has_every_crop_once(dataset, tmp_path):
         tmp_path, dataset, **{"CROP_CLASSIFIER.BATCH_SIZE": 7, "INPUT.RANDOM_FLIP": "none"}
     )
     seed_all_rng(0)
-    first, second = itertools.islice(build_crop_train_loader(cfg), 2)
+    loader = build_crop_train_loader(cfg)
+    first, second, third = itertools.islice(loader, 3)
     whole = next(iter(build_crop_test_loader(cfg, dataset)))
     for batch in (first, second):
         order = [int((whole["crops"] == c).flatten(1).all(1).nonzero()) for c in batch["crops"]]
         assert sorted(order) == list(range(7))
         assert batch["labels"].tolist() == whole["labels"][order].tolist()
     assert not torch.equal(first["crops"], second["crops"])
+    loader.rewind(2)
+    assert torch.equal(next(iter(loader))["crops"], third["crops"])
 
 
 @pytest.mark.parametrize("mode", ["object", "online"])
@@ -192,7 +195,7 @@ def test_the_same_seed_gives_the_same_batches_also_from_the_middle(dataset, tmp_
     cfg = classifier_cfg(tmp_path, dataset, **changes)
 
     def batches(loader, start, count):
-        seed_all_rng(100 + start)
+        seed_all_rng(100)
         loader.rewind(start)
         return list(itertools.islice(loader, count))
 
@@ -210,6 +213,9 @@ def test_the_same_seed_gives_the_same_batches_also_from_the_middle(dataset, tmp_
         assert ours["crops"].shape == (4, 3, 32, 32) and ours["labels"].shape == (4,)
         assert torch.equal(ours["crops"], theirs["crops"])
         assert torch.equal(ours["labels"], theirs["labels"])
+    # the position counts: the same random numbers elsewhere in the stream
+    pairs = zip(middle, batches(first, 1, 3))
+    assert not all(torch.equal(ours["crops"], theirs["crops"]) for ours, theirs in pairs)
     # without the state the order is another one
     assert not torch.equal(batches(loader(6), 0, 1)[0]["crops"], expected[0]["crops"])
 
