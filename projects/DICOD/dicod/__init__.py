@@ -2,6 +2,7 @@
 
 from .classifier import CropClassifier
 from .classifier_config import add_classifier_config
+from .config import add_dicod_config
 from .crop_index import CropIndex, build_crop_index, load_crop_index
 from .teacher import ClassifierTeacher, load_classifier
 
@@ -10,6 +11,7 @@ __all__ = [
     "CropClassifier",
     "CropIndex",
     "add_classifier_config",
+    "add_dicod_config",
     "build_crop_index",
     "load_classifier",
     "load_crop_index",
