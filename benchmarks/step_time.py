@@ -297,6 +297,7 @@ def measure_time(file: str, args) -> Dict[str, Any]:
                 gt_instances=ctx.gt_instances,
                 padded_size=ctx.padded_size,
                 iteration=0,
+                images=ctx.images,
                 **views,
             )
             terms = [v for d in model.distillers.values() for v in d(stored).values()]

@@ -8,6 +8,7 @@ from .distiller import (
     build_distillers,
     require_equal,
     sigmoid_classes,
+    teacher_wanted,
 )
 from .gradients import gradient_norms
 from .method_info import MethodInfo
@@ -44,4 +45,5 @@ __all__ = [
     "gradient_norms",
     "require_equal",
     "sigmoid_classes",
+    "teacher_wanted",
 ]

@@ -41,6 +41,8 @@ class DistillationContext:
         gt_instances: list[Instances] on the model's device.
         image_sizes: (h, w) of each image before padding.
         padded_size: (H, W) of the student's network input.
+        images: (N, C, H, W) that input: normalised, padded with zeros, in the student's order of
+            channels; None in a context that no student was run for.
         student: :class:`StudentView`; ``student[key]`` carries gradients.
         teacher: :class:`TeacherRun`, or the run object of another teacher type, or None;
             ``teacher[key]`` has no graph. Its stages run at first use and are shared by all
@@ -58,6 +60,7 @@ class DistillationContext:
         student: StudentView,
         teacher: Optional[TeacherRun],
         iteration: int,
+        images: Optional[torch.Tensor] = None,
     ):
         self.batched_inputs = batched_inputs
         self.gt_instances = gt_instances
@@ -66,6 +69,7 @@ class DistillationContext:
         self.student = student
         self.teacher = teacher
         self.iteration = iteration
+        self.images = images
         self.raw: Dict[str, torch.Tensor] = {}
         self._memory: Dict[Hashable, Any] = {}
 

@@ -14,7 +14,13 @@ from .recorder import near_matches
 from .schedule import LossSchedule
 from .taps import KeyInfo
 
-__all__ = ["DISTILLER_REGISTRY", "Distiller", "build_distillers", "require_equal"]
+__all__ = [
+    "DISTILLER_REGISTRY",
+    "Distiller",
+    "build_distillers",
+    "require_equal",
+    "teacher_wanted",
+]
 
 DISTILLER_REGISTRY = Registry("DISTILLER")
 DISTILLER_REGISTRY.__doc__ = """
@@ -34,7 +40,8 @@ class Distiller(nn.Module):
 
     # Name of the config node below KD; empty: the class name in upper case.
     node: str = ""
-    # False for methods that need no teacher at all.
+    # False for methods that need no teacher at all. Instances may differ where it depends on their
+    # terms; wants_teacher says so before they exist.
     needs_teacher: bool = True
     # True: load_teacher_state is called when the networks are put together.
     copies_teacher: bool = False
@@ -133,6 +140,11 @@ class Distiller(nn.Module):
         """Return parameter name (relative to this module) -> {"lr_factor", "weight_decay"}."""
         return {}
 
+    @classmethod
+    def wants_teacher(cls, cfg: CfgNode) -> bool:
+        """Return whether a distiller built from ``cfg`` needs a teacher, which is built before."""
+        return cls.needs_teacher
+
     @property
     def label(self) -> str:
         """Name under which losses and scalars are logged; set by :func:`build_distillers`."""
@@ -223,6 +235,16 @@ def build_distillers(
         node = cls.config_node(entry_cfg)
         schedules[label] = LossSchedule.from_node(node.SCHEDULE, cfg.SOLVER.MAX_ITER)
     return nn.ModuleDict(distillers), schedules
+
+
+def teacher_wanted(cfg: CfgNode) -> bool:
+    """Return whether anything that ``KD.DISTILLERS`` lists needs a teacher.
+
+    Raises:
+        ValueError: an unknown name or a missing node, as :func:`build_distillers`.
+    """
+    entries = [_resolve(cfg, entry) for entry in cfg.KD.DISTILLERS]
+    return any(cls.wants_teacher(entry_cfg) for cls, _, entry_cfg in entries)
 
 
 def _resolve(cfg: CfgNode, entry: str):

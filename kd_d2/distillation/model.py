@@ -68,7 +68,7 @@ class KDModel(nn.Module):
                 raise ValueError(f"distiller '{label}' needs a teacher, but there is none")
             if distiller.copies_teacher:
                 distiller.load_teacher_state(teacher.state_to_copy())
-        # the padded size is the size of the backbone's input, hence "backbone" is always observed
+        # the backbone's input are the student's images, hence "backbone" is always observed
         needs = {"path:backbone"}.union(*(d.student_needs for d in self.distillers.values()))
         self._student_needs = sorted(needs)
         self._teacher_needs = sorted(
@@ -109,7 +109,8 @@ class KDModel(nn.Module):
         device = self.student.device
         gt_instances = [x["instances"].to(device) for x in batched_inputs]
         observation.gt_instances = gt_instances
-        padded_size = tuple(observation.single("backbone").inputs[0].shape[-2:])
+        images = observation.single("backbone").inputs[0]
+        padded_size = tuple(images.shape[-2:])
         teacher = None
         if self.teacher is not None:
             teacher = _LazyTeacher(
@@ -124,6 +125,7 @@ class KDModel(nn.Module):
             student=StudentView(observation),
             teacher=teacher,
             iteration=iteration,
+            images=images,
         )
 
     def _run(self, label, distiller, ctx, losses) -> Dict[str, torch.Tensor]:

@@ -7,13 +7,13 @@ from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, Instances, pairwise_iou
 
-from .dense_tap import anchor_signature
+from .dense_tap import anchor_signature, codec_signature
 from .registry import FamilyRegistry
 from .taps import KD_TAPS, Assignment, Key, KeyInfo, Tap, TapStore
 
 __all__ = ["BOX_BRANCHES", "RCNNTap", "label_boxes"]
 
-_ROI = ("feat", "embed", "cls", "box")
+_ROI = ("feat", "embed", "cls", "box", "codec")
 
 
 @torch.no_grad()
@@ -213,6 +213,7 @@ class RCNNTap(Tap):
                 "roi.embed": KeyInfo(predictor.cls_score.in_features),
                 "roi.cls": KeyInfo(predictor.cls_score.out_features, (), scores),
                 "roi.box": KeyInfo(predictor.bbox_pred.out_features, (), _codec_weights(predictor)),
+                "roi.codec": KeyInfo(None, (), codec_signature(predictor.box2box_transform)),
                 "proposals": KeyInfo(),
             }
             for name, info in infos.items():
@@ -238,7 +239,7 @@ class RCNNTap(Tap):
                 result.add("proposal_generator.rpn_head")
             elif key.group == "proposals":
                 result |= branch.proposal_paths(stage)
-            elif key.group == "roi":
+            elif key.group == "roi" and key.name != "codec":
                 feat = key.name == "feat"
                 result.add(branch.pooler_path if feat else branch.predictor_path(stage))
         return result
@@ -266,6 +267,8 @@ class RCNNTap(Tap):
             return branch.read_proposals(store, stage)
         if key.name == "feat":
             return branch.pooled(store, stage)
+        if key.name == "codec":
+            return branch.modules(store.model, stage)[2].box2box_transform
         call = store.single(branch.predictor_path(stage))
         if key.name == "embed":
             return call.inputs[0]
@@ -297,8 +300,8 @@ class RCNNTap(Tap):
         for stage in sorted({key.index or 0 for key in keys}):
             wanted = {key.name for key in keys if (key.index or 0) == stage}
             pooler, head, predictor = branch.modules(model, stage)
-            values = {"feat": pooler(levels, boxes)}
-            if wanted - {"feat"}:
+            values = {"feat": pooler(levels, boxes), "codec": predictor.box2box_transform}
+            if wanted - {"feat", "codec"}:
                 values["embed"] = branch.embed(head, values["feat"])
             if wanted & {"cls", "box"}:
                 values["cls"], values["box"] = predictor(values["embed"])

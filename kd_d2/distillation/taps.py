@@ -24,8 +24,9 @@ padded network input, XYXY):
 ``rpn.obj, rpn.box``   lists of (N, A, H, W) and (N, 4A, H, W)
 ``proposals``          list of ``Instances`` with ``proposal_boxes``, ``gt_classes``, ``gt_boxes``
 ``roi.feat``           (R, C, h, w) pooled; ``roi.embed`` (R, D) input of the predictor;
-                       ``roi.cls`` (R, K+1) logits; ``roi.box`` (R, 4K or 4) deltas. These and
-                       ``proposals`` take a stage suffix for cascades: ``roi.cls[2]``
+                       ``roi.cls`` (R, K+1) logits; ``roi.box`` (R, 4K or 4) deltas, from
+                       ``proposal_boxes`` to boxes by ``roi.codec``. These and ``proposals`` take
+                       a stage suffix for cascades: ``roi.cls[2]``
 ``path:<module>``      list over the calls of any module of its raw output
 =====================  ===========================================================================
 """

@@ -26,8 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kd_d2.checkpoint import KDCheckpointer
 from kd_d2.data import build_test_loader, build_train_loader
-from kd_d2.distillation import KDModel, Teacher, build_distillers, build_tap, build_teacher
-from kd_d2.distillation.distiller import DISTILLER_REGISTRY
+from kd_d2.distillation import (
+    KDModel,
+    Teacher,
+    build_distillers,
+    build_tap,
+    build_teacher,
+    teacher_wanted,
+)
 from kd_d2.evaluation import build_evaluator
 
 from .hooks import TeacherEvaluation
@@ -158,7 +164,8 @@ class KDTrainer(DefaultTrainer):
             return student
         with preserve_random_state():
             seed_random_state(comm.shared_random_seed())
-            teacher = build_teacher(cfg) if cls._needs_teacher(cfg) else None
+            needed = teacher_wanted(cfg) or bool(cfg.KD.INIT_STUDENT.PREFIXES)
+            teacher = build_teacher(cfg) if needed else None
             if teacher is not None:
                 logger.info(f"Teacher: {teacher.describe()}")
             student_keys = build_tap(student).keys(student)
@@ -182,13 +189,6 @@ class KDTrainer(DefaultTrainer):
             + "; ".join(f"{label} {dict(d.weights)}" for label, d in model.distillers.items())
         )
         return model.to(torch.device(cfg.MODEL.DEVICE))
-
-    @staticmethod
-    def _needs_teacher(cfg: CfgNode) -> bool:
-        names = {entry.partition("/")[0] for entry in cfg.KD.DISTILLERS}
-        known = {name: cls for name, cls in DISTILLER_REGISTRY}
-        wanted = any(known[name].needs_teacher for name in names if name in known)
-        return wanted or bool(cfg.KD.INIT_STUDENT.PREFIXES)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ from kd_d2.distillation import (
     LossSchedule,
     build_distillers,
     require_equal,
+    teacher_wanted,
 )
 
 STUDENT = {"neck": KeyInfo(32, (8, 16)), "pred.cls": KeyInfo(12, (8, 16), (3,))}
@@ -167,6 +168,23 @@ def test_an_entry_reads_its_own_node(registered):
     assert distillers["_toy"].weights == {"feat": 7.0, "aux": 0.5}
     assert distillers["_toy"].label == "_toy"
     assert schedules == {"_toy": LossSchedule(10, 50)}
+
+
+def test_whether_a_teacher_is_wanted_is_asked_with_the_entrys_own_node(registered, monkeypatch):
+    cfg = _cfg("_Toy", "_Toy/Coarse", labels=[("COARSE", 9.0)])
+    assert teacher_wanted(cfg)
+    monkeypatch.setattr(_Toy, "needs_teacher", False)
+    assert not teacher_wanted(cfg)
+    only_coarse = classmethod(lambda cls, cfg: cls.config_node(cfg).FEAT_WEIGHT > 5)
+    monkeypatch.setattr(_Toy, "wants_teacher", only_coarse)
+    assert teacher_wanted(cfg)
+    cfg.KD.DISTILLERS = ("_Toy",)
+    assert not teacher_wanted(cfg)
+    cfg.KD.DISTILLERS = ()
+    assert not teacher_wanted(cfg)
+    cfg.KD.DISTILLERS = ("Toy",)
+    with pytest.raises(ValueError, match="KD.DISTILLERS names 'Toy', which is not registered"):
+        teacher_wanted(cfg)
 
 
 def test_labels_have_nodes_and_schedules_of_their_own(registered):

@@ -136,6 +136,26 @@ def test_terms_join_the_students_own_losses():
         torch.testing.assert_close(losses["loss_kd/mimic/cls"], expected)
 
 
+@pytest.mark.parametrize("family", ["RetinaNet", "GeneralizedRCNN", "SSD"])
+def test_the_context_has_the_students_normalised_images(family):
+    """The very tensor that the network read, padded; a distiller without teacher gets it, too."""
+    distiller = Spy()
+    distiller.student_needs = frozenset()
+    distiller.compute = lambda ctx: {"none": ctx.images.mean()}
+    model = KDModel(student=tiny_model(family), distillers={"none": distiller}, teacher=None)
+    batch = tiny_batch(sizes=((128, 128),)) if family == "SSD" else _batch()
+    read = []
+    model.student.backbone.register_forward_hook(lambda m, inputs, output: read.append(inputs[0]))
+    losses, _ = _losses(model.train(), batch)
+    expected = model.student.preprocess_image(batch).tensor
+    torch.testing.assert_close(losses["loss_kd/none/none"], expected.mean())
+    with EventStorage(), model.tap.observe(model.student, ["path:backbone"]) as observation:
+        model.student(batch)
+    ctx = model._context(batch, observation, 0)
+    assert ctx.images is read[-1] and torch.equal(ctx.images, expected)
+    assert tuple(ctx.images.shape[-2:]) == ctx.padded_size
+
+
 def test_two_distillers_together_are_the_sum_of_each_alone():
     makers = {"imitation": Imitation, "mimic": Mimic}
     gradients, values = {}, {}

@@ -109,6 +109,9 @@ def test_keys_with_widths_and_strides(family):
             expected[f"roi.embed{suffix}"] = KeyInfo(roi[1])
             expected[f"roi.cls{suffix}"] = KeyInfo(K + 1)
             expected[f"roi.box{suffix}"] = KeyInfo(roi[2], (), (codecs[stage],))
+            weights = keys[f"roi.codec{suffix}"].signature[-1]
+            assert keys.pop(f"roi.codec{suffix}").signature[0] == "Box2BoxTransform"
+            assert weights == ("weights", codecs[stage])
             expected[f"proposals{suffix}"] = KeyInfo()
     anchors = keys.pop("anchors")
     assert keys == expected
@@ -286,6 +289,25 @@ def test_roi_values_equal_the_predictors_and_a_recomputation_from_the_boxes(fami
     # what the model itself computed its losses from
     assert seen[f"roi.cls[{stage}]"] is seen.predicted[stage][0]
     assert seen[f"roi.box[{stage}]"] is seen.predicted[stage][1]
+
+
+@pytest.mark.parametrize("family, stage", [(f, s) for f in FAMILIES for s in range(NUM_STAGES[f])])
+def test_the_codec_turns_proposals_into_the_predicted_boxes(family, stage):
+    seen = _seen(family)
+    predictor = seen.model.roi_heads.box_predictor
+    predictor = predictor[stage] if family == "Cascade" else predictor
+    proposals = seen[f"proposals[{stage}]"]
+    expected = predictor.predict_boxes(seen.predicted[stage], proposals)
+    codec, deltas = seen[f"roi.codec[{stage}]"], seen[f"roi.box[{stage}]"]
+    found = codec.apply_deltas(deltas, torch.cat([p.proposal_boxes.tensor for p in proposals]))
+    assert torch.equal(found, torch.cat(list(expected))) and found.requires_grad
+    # a teacher has it, too, and no pass is needed to read it
+    boxes = [p.proposal_boxes for p in proposals]
+    images = seen.model.preprocess_image(_batch()).tensor
+    run = seen.tap.run(seen.model, images, [f"roi.codec[{stage}]"])
+    assert run[f"roi.codec[{stage}]"] is codec
+    values = run.run_rois([f"roi.codec[{stage}]"], boxes)
+    assert list(values.values()) == [codec]
 
 
 def test_classification_loss_can_be_recomputed_from_the_keys():

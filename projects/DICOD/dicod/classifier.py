@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Sequence
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -178,6 +178,14 @@ class CropClassifier(ResNet):
     @property
     def device(self) -> torch.device:
         return self.pixel_mean.device
+
+    def stages(self) -> Dict[str, Tuple[int, Tuple[int, ...]]]:
+        """Return stage -> (channels, (stride,)) of what :meth:`features` gives."""
+        widths = [self.conv1.out_channels]
+        for stage in STAGES[1:]:
+            block = getattr(self, stage)[-1]
+            widths.append([m for m in block.modules() if isinstance(m, nn.Conv2d)][-1].out_channels)
+        return {s: (c, (k,)) for s, c, k in zip(STAGES, widths, (4, 4, 8, 16, 32), strict=True)}
 
     def forward(self, batch: Mapping[str, Tensor]):
         """

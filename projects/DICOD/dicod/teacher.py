@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kd_d2.checkpoint import compare, file_sha256, load_checkpoint_file
 from kd_d2.data import dataset_classes
-from kd_d2.distillation import TEACHER_REGISTRY, Teacher
+from kd_d2.distillation import TEACHER_REGISTRY, KeyInfo, Teacher
 from kd_d2.distillation.teacher import freeze
 from kd_d2.modeling.convert import unwrap_state_dict
 
@@ -82,6 +82,10 @@ def load_classifier(
 class ClassifierTeacher(Teacher):
     """A frozen classifier of crops; it sees crops of the student's normalised images.
 
+    Its keys say what it can make of crops: ``crops.logits`` (channels: C; signature: side of the
+    crops) and one for each of its layers, ``crops.stem`` etc. Values come from :meth:`logits` and
+    :meth:`features`.
+
     Attributes:
         model: the classifier.
         classes: its class names in order.
@@ -121,6 +125,10 @@ class ClassifierTeacher(Teacher):
             model.to(memory_format=torch.channels_last)
         self.classes: List[str] = list(model.classes)
         self.input_size = model.input_size
+        self.keys = {
+            "crops.logits": KeyInfo(model.num_classes, (), (model.input_size,)),
+            **{f"crops.{stage}": KeyInfo(*facts) for stage, facts in model.stages().items()},
+        }
         self._description = description
         self._flip_channels = student_format != model.image_format
         mean, std = (

@@ -108,7 +108,7 @@ def test_it_stays_as_it_is():
     before = {key: value.clone() for key, value in model.state_dict().items()}
     teacher = teacher_of(model.train(), channels_last=True)
     assert isinstance(teacher, Teacher) and not isinstance(teacher, torch.nn.Module)
-    assert teacher.start([], (32, 32), []) is teacher and teacher.keys == {}
+    assert teacher.start([], (32, 32), []) is teacher
     holder = torch.nn.Linear(1, 1)
     holder.teacher = teacher
     holder.train()
@@ -119,6 +119,21 @@ def test_it_stays_as_it_is():
     assert not any(module.training for module in model.modules())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert set(holder.state_dict()) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("size", [32, 45])
+def test_keys_say_what_it_makes_of_crops(arch, size):
+    teacher = teacher_of(small_classifier(arch=arch, input_size=size))
+    crops = torch.zeros(1, 3, size, size)
+    logits = teacher.keys.pop("crops.logits")
+    assert logits.channels == teacher.logits(crops).shape[1] == 3
+    assert logits.signature == (teacher.input_size,) == (size,)
+    features = teacher.features(crops, ["stem", "layer1", "layer2", "layer3", "layer4"])
+    assert list(teacher.keys) == [f"crops.{stage}" for stage in features]
+    for stage, value in features.items():
+        (level,) = teacher.keys[f"crops.{stage}"].levels
+        assert value.shape[1:] == (level[1], -(-size // level[0]), -(-size // level[0])), stage
 
 
 def test_crops_of_another_size():
