@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 
 from kd_d2.config import get_cfg
-from kd_d2.distillation import DetectorTeacher
+from kd_d2.distillation import DetectorTeacher, KeyInfo, build_teacher
 from kd_d2.engine.main import import_components
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "tiny_batch",
     "tiny_cfg",
     "tiny_model",
+    "untrained_teacher_keys",
 ]
 
 CLASSES = ("disc", "square", "cross")
@@ -286,6 +287,22 @@ def teacher_of(
         classes=list(classes) if classes is not None else None,
         description="teacher of a test",
     )
+
+
+def untrained_teacher_keys(cfg: CfgNode) -> Dict[str, KeyInfo]:
+    """Return what a teacher that is no detector can give, by its config alone: without weights."""
+    node = cfg.KD.TEACHER
+    facts = (cfg.DATASETS.TRAIN[0], node.TYPE, node.dump())
+    if facts not in _TEACHER_KEYS:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE, cfg.KD.TEACHER.WEIGHTS = "cpu", ""
+        cfg.KD.TEACHER.ALLOW_UNTRAINED = True
+        _TEACHER_KEYS[facts] = build_teacher(cfg).keys
+    return _TEACHER_KEYS[facts]
+
+
+_TEACHER_KEYS: Dict[Tuple, Dict[str, KeyInfo]] = {}
 
 
 def save_weights(model: nn.Module, path, classes: Sequence[str] = (), **extra: Any) -> str:

@@ -19,7 +19,7 @@ def add_dicod_config(cfg: CN) -> None:
     # the classifier's on the crops of their ground-truth boxes.
     node.CLS = CN()
     node.CLS.ENABLED = True
-    # lambda_kc of eq. 12. Paper: 0.4 for all students.
+    # lambda_kc of eq. 12. 0.0: no such term. Paper: 0.4 for all students.
     node.CLS.WEIGHT = 0.4
     # Temperature T of eqs. 2 to 7, above 0; both sides. Paper: 2 for all students.
     node.CLS.T = 2.0

@@ -3,7 +3,7 @@
 The gradient reaches the predicted boxes through the coordinates at which the image is read.
 """
 
-from typing import Callable, Dict, List, Mapping, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kd_d2.modeling.layers.box_crop import crop_boxes
 
-__all__ = ["OBJ", "Features", "localisation_loss", "pooled_views"]
+__all__ = ["OBJ", "Features", "localisation_loss", "pooled_views", "target_views"]
 
 # Name of the pixels among the compared views; the others are layers of the classifier.
 OBJ = "obj"
@@ -21,13 +21,15 @@ OBJ = "obj"
 Features = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
 
 
-def pooled_views(crops: Tensor, pools: Mapping[str, int], features: Features) -> Dict[str, Tensor]:
+def pooled_views(
+    crops: Tensor, pools: Mapping[str, int], features: Optional[Features]
+) -> Dict[str, Tensor]:
     """Return what is compared: pixels and features of crops, averaged over few cells.
 
     Args:
         crops: (n, 3, S, S), n > 0.
         pools: view -> cells a side, of :data:`OBJ` and layers of the classifier.
-        features: not called if ``pools`` has no layer.
+        features: of the classifier; not called if ``pools`` has no layer.
 
     Returns:
         view -> (n, C, m, m), in the order of ``pools``.
@@ -36,6 +38,16 @@ def pooled_views(crops: Tensor, pools: Mapping[str, int], features: Features) ->
     maps = dict(features(crops, layers)) if layers else {}
     maps[OBJ] = crops
     return {view: F.adaptive_avg_pool2d(maps[view], pool) for view, pool in pools.items()}
+
+
+@torch.no_grad()
+def target_views(
+    crops: Tensor, pools: Mapping[str, int], chunk: int, features: Optional[Features]
+) -> Dict[str, Tensor]:
+    """Return :func:`pooled_views` of crops (M, 3, S, S), M > 0, without a graph, by chunks."""
+    with torch.autocast(crops.device.type, enabled=False):
+        parts = [pooled_views(part, pools, features) for part in crops.split(chunk)]
+        return {view: torch.cat([part[view] for part in parts]) for view in pools}
 
 
 def localisation_loss(
@@ -48,7 +60,7 @@ def localisation_loss(
     pools: Mapping[str, int],
     size: int,
     chunk: int,
-    features: Features,
+    features: Optional[Features],
 ) -> Dict[str, Tensor]:
     """Return the mean over the boxes of mean |view of the box - view of its target| (eqs. 10, 11).
 
@@ -64,7 +76,7 @@ def localisation_loss(
         pools: view -> cells a side.
         size: side of the crops, pixels.
         chunk: most crops at once.
-        features: of the frozen classifier.
+        features: of the frozen classifier; not called if ``pools`` has no layer.
 
     Returns:
         view -> scalar; 0 with a graph if there are no boxes.

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from kd_d2.modeling.layers import crop_boxes
 from kd_d2.projects.dicod import kd_loc
-from kd_d2.projects.dicod.kd_loc import localisation_loss, pooled_views
+from kd_d2.projects.dicod.kd_loc import localisation_loss, target_views
 from tests.projects.dicod.crop_cases import small_classifier
 
 
@@ -21,8 +21,9 @@ def losses_of(images, boxes, gt_boxes, index=None, *, size=32, pools=None, **cha
     pools = {"obj": 4} if pools is None else pools
     image_sizes = changes.pop("image_sizes", None) or [tuple(images.shape[2:])] * len(images)
     features = changes.pop("features", no_features)
-    with torch.no_grad():
-        targets = pooled_views(crop_boxes(images, gt_boxes, size, image_sizes), pools, features)
+    crops = crop_boxes(images, gt_boxes, size, image_sizes)
+    chunk = changes.get("chunk", 256)
+    targets = target_views(crops, pools, chunk, features) if len(crops) else {}
     if index is None:
         index = torch.arange(sum(map(len, boxes)))
     arguments = {"pools": pools, "size": size, "chunk": 256, "features": features, **changes}
@@ -183,9 +184,10 @@ def test_chunks_are_recomputed_one_by_one(stem):
     boxes = [b.clone().requires_grad_() for b in SCENE["boxes"]]
     case = (images, boxes, SCENE["gt_boxes"], SCENE["index"])
     found = losses_of(*case, size=32, pools={"stem": 2}, chunk=3, features=features)
-    assert calls == [4, 3, 1]
+    # targets first, then boxes
+    assert calls == [3, 1, 3, 1]
     found["stem"].backward()
-    assert sorted(calls[3:]) == [1, 3]
+    assert sorted(calls[4:]) == [1, 3]
     del calls[:]
     losses_of(*case, size=32, pools={"stem": 2}, features=features)["stem"].backward()
     assert calls == [4, 4]
@@ -251,9 +253,9 @@ def test_autocast_changes_nothing(stem):
     case = (images, SCENE["boxes"], SCENE["gt_boxes"], SCENE["index"])
     options = {"size": 32, "pools": {"obj": 4, "stem": 4}, "features": stem.features}
     exact = losses_of(*case, **options)
-    with torch.no_grad():
-        crops = crop_boxes(images, SCENE["gt_boxes"], 32, [(96, 96)] * 3)
-        targets = pooled_views(crops, options["pools"], stem.features)
+    crops = crop_boxes(images, SCENE["gt_boxes"], 32, [(96, 96)] * 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        targets = target_views(crops, options["pools"], 256, stem.features)
     for chunk in (256, 2):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = localisation_loss(
@@ -280,9 +282,8 @@ OBJECT = torch.tensor([[40.0, 36.0, 88.0, 92.0]])
 def descend(parameters, decode, lr, steps, pools, features):
     optimizer = torch.optim.Adam([parameters], lr=lr)
     image = blob()
-    with torch.no_grad():
-        crops = crop_boxes(image, [OBJECT], 28, [(128, 128)])
-        targets = pooled_views(crops, pools, features)
+    crops = crop_boxes(image, [OBJECT], 28, [(128, 128)])
+    targets = target_views(crops, pools, 256, features)
     before = pairwise_iou(Boxes(decode(parameters).detach()), Boxes(OBJECT)).item()
     for _ in range(steps):
         losses = localisation_loss(
