@@ -34,6 +34,10 @@ def add_backbone_config(cfg: CN) -> None:
     # Maps that the network returns, a subset of "res2" (stride 4, 24 channels), "res3" (8, 32),
     # "res4" (16, 96), "res5" (32, 1280); the channels are those of WIDTH_MULT 1.0.
     cfg.MODEL.MOBILENET_V2.OUT_FEATURES = ("res3", "res4", "res5")
+    # Index in torchvision's `features` of the layer that is "res5": 18, the 1x1 conv to 1280
+    # channels (mmdetection's), or 17, the inverted residual before it with 320 channels; layer 18
+    # is not built then.
+    cfg.MODEL.MOBILENET_V2.LAST_LAYER = 18
 
     # Detectron2's SwinTransformer; the defaults are Swin-T as in Liu et al., ICCV 2021.
     cfg.MODEL.SWIN = CN()

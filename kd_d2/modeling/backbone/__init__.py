@@ -2,7 +2,11 @@
 
 from .batch_norm import EvalStatsBatchNorm2d, use_eval_statistics
 from .fpn import ExtraLevels, build_fpn, build_kd_resnet_fpn_backbone
-from .mobilenet_v2 import MobileNetV2, build_mobilenetv2_fpn_backbone
+from .mobilenet_v2 import (
+    MobileNetV2,
+    build_mobilenetv2_fpn_backbone,
+    build_mobilenetv2_rcnn_fpn_backbone,
+)
 from .swin_fpn import Swin, build_swin_fpn_backbone
 from .vgg_ssd import SSDVGG, build_ssd_vgg_backbone
 
@@ -15,6 +19,7 @@ __all__ = [
     "build_fpn",
     "build_kd_resnet_fpn_backbone",
     "build_mobilenetv2_fpn_backbone",
+    "build_mobilenetv2_rcnn_fpn_backbone",
     "build_ssd_vgg_backbone",
     "build_swin_fpn_backbone",
     "use_eval_statistics",
