@@ -19,6 +19,7 @@ from kd_d2.modeling.convert import (
     VGG_VARIANTS,
     Conversion,
     compare_with_model,
+    convert_detectron2,
     convert_mmdetection,
     convert_torchvision,
     fill_from_model,
@@ -39,6 +40,13 @@ examples:
         --input vgg16_features-amdegroot-88682ab5.pth \\
         --output weights/torchvision_vgg16_features.pth --config-file configs/Base-SSD300.yaml
 
+  A backbone that projects/DICOD/train_classifier.py trained, checked against the detector:
+
+    python tools/convert_weights.py --source detectron2 \\
+        --input output/imagenet/resnet50_quarter/model_final.pth \\
+        --output weights/resnet50_quarter.pth \\
+        --config-file projects/DICOD/configs/COCO/faster_rcnn_qr50_1x_all.yaml
+
   A detector of mmdetection, checked against the config that is going to use it:
 
     python tools/convert_weights.py --source mmdetection \\
@@ -53,15 +61,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--source",
         required=True,
-        choices=("torchvision", "mmdetection"),
-        help="torchvision: classifiers ResNet, MobileNetV2, Swin Transformer, VGG16; mmdetection: "
-        "detectors RetinaNet, FCOS, GFL, ATSS",
+        choices=("torchvision", "detectron2", "mmdetection"),
+        help="torchvision: classifiers ResNet, MobileNetV2, Swin Transformer, VGG16; detectron2: a "
+        "ResNet alone, with or without a classifier; mmdetection: detectors RetinaNet, FCOS, GFL, "
+        "ATSS",
     )
     parser.add_argument("--input", required=True, help="checkpoint to convert")
     parser.add_argument("--output", required=True, help=".pth file to write")
     parser.add_argument(
         "--prefix",
-        help="of the keys of a torchvision backbone (default: 'backbone.bottom_up.', of VGG16 "
+        help="of the keys of a backbone (default: 'backbone.bottom_up.', of VGG16 "
         "'backbone.'; '' for a bare one)",
     )
     parser.add_argument(
@@ -75,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--res5",
         default="",
-        help="of the keys of a torchvision ResNet's last stage, if that is not in the backbone: "
+        help="of the keys of a ResNet's last stage, if that is not in the backbone: "
         "'roi_heads.res5.' for detectors with a C4 head, with --prefix backbone.",
     )
     parser.add_argument(
@@ -115,12 +124,14 @@ def convert(args: argparse.Namespace) -> Conversion:
             ``--allow-unused``.
     """
     state_dict = unwrap_state_dict(load_checkpoint_file(args.input))
-    if args.source == "torchvision":
-        result = convert_torchvision(
+    sources = {
+        "torchvision": lambda: convert_torchvision(
             state_dict, args.prefix, res5=args.res5, vgg_variant=args.vgg_variant
-        )
-    else:
-        result = convert_mmdetection(state_dict)
+        ),
+        "detectron2": lambda: convert_detectron2(state_dict, args.prefix, res5=args.res5),
+        "mmdetection": lambda: convert_mmdetection(state_dict),
+    }
+    result = sources[args.source]()
     comparison = None
     if args.config_file:
         model = model_state(args.config_file, args.opts)

@@ -1,8 +1,8 @@
 """Foreign checkpoints in the names of this library and Detectron2.
 
 Pure functions on state dicts. Known are torchvision's classifiers (ResNet, MobileNetV2, Swin
-Transformer, VGG16) and mmdetection's RetinaNet, FCOS, GFL and ATSS with a ResNet or Swin
-Transformer.
+Transformer, VGG16), a bare ResNet of Detectron2, and mmdetection's RetinaNet, FCOS, GFL and ATSS
+with a ResNet or Swin Transformer.
 Nothing is dropped silently: every key of the source ends up in :attr:`Conversion.used`,
 :attr:`Conversion.dropped` (with the reason) or :attr:`Conversion.unused`.
 """
@@ -20,6 +20,7 @@ __all__ = [
     "Conversion",
     "RETINANET_ANCHOR_ORDER",
     "compare_with_model",
+    "convert_detectron2",
     "convert_mmdetection",
     "convert_torchvision",
     "fill_from_model",
@@ -443,6 +444,34 @@ def convert_torchvision(
         "Not a torchvision ResNet, MobileNetV2, Swin Transformer or VGG16; the first keys are "
         f"{list(state_dict)[:5]}"
     )
+
+
+def convert_detectron2(
+    state_dict: Mapping[str, Tensor], prefix: Optional[str] = None, res5: str = ""
+) -> Conversion:
+    """Convert Detectron2's ResNet alone, with or without a classifier, to a detector's backbone.
+
+    The detector needs the same MODEL.RESNETS, and the images that the classifier was trained on.
+
+    Args:
+        state_dict: of ``detectron2.modeling.backbone.resnet.ResNet``.
+        prefix, res5: see :func:`convert_torchvision`.
+
+    Raises:
+        ValueError: the keys are not those of such a network.
+    """
+    if "stem.conv1.weight" not in state_dict or "res2.0.conv1.weight" not in state_dict:
+        raise ValueError(f"Not a bare ResNet of Detectron2; the keys are {list(state_dict)[:5]}")
+    prefix = "backbone.bottom_up." if prefix is None else prefix
+    last = res5 or prefix + "res5."
+    rules = [
+        _Rule(r"((?:stem|res[234])\..*)", prefix + r"\1"),
+        _Rule(r"res5\.(.*)", last + r"\1"),
+    ]
+    drops = [(r"linear\.\w+", _CLASSIFIER)]
+    own = "|".join(re.escape(p) for p in (prefix, res5) if p)
+    absent = (f"(?!{own}).*",) if prefix else ()
+    return _apply("Detectron2 ResNet", state_dict, rules, drops, absent=absent)
 
 
 def convert_mmdetection(state_dict: Mapping[str, Tensor]) -> Conversion:

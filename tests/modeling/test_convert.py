@@ -19,6 +19,7 @@ from kd_d2.modeling.backbone import MobileNetV2, Swin, build_ssd_vgg_backbone
 from kd_d2.modeling.convert import (
     RETINANET_ANCHOR_ORDER,
     compare_with_model,
+    convert_detectron2,
     convert_mmdetection,
     convert_torchvision,
     fill_from_model,
@@ -252,6 +253,41 @@ def test_a_missing_key_and_a_wrong_shape_are_found():
     assert not comparison.fits and comparison.unexpected
     wide = torchvision.models.wide_resnet50_2(weights=None).state_dict()
     assert compare_with_model(convert_torchvision(wide), model).mismatched
+
+
+@pytest.mark.parametrize("res5", ["", "roi_heads.res5."])
+def test_bare_resnet_of_detectron2(res5):
+    cfg = detector_cfg("RetinaNet")
+    torch.manual_seed(0)
+    source = build_resnet_backbone(cfg, ShapeSpec(channels=3)).state_dict()
+    classifier = {"linear.weight": torch.zeros(2, 512), "linear.bias": torch.zeros(2)}
+    result = convert_detectron2({**source, **classifier}, res5=res5)
+    assert result.source == "Detectron2 ResNet" and not result.unused
+    assert set(result.dropped) == set(classifier)
+    stages = {key.split(".")[0] for key in source}
+    assert stages == {"stem", "res2", "res3", "res4", "res5"}
+    for key, value in source.items():
+        last = res5 if key.startswith("res5.") and res5 else ""
+        target = last + key[len("res5.") :] if last else "backbone.bottom_up." + key
+        assert torch.equal(result.state_dict[target], value)
+    assert len(result.state_dict) == len(source)
+    if not res5:
+        model = build_model(cfg).state_dict()
+        assert compare_with_model(result, model).fits
+        bare = convert_detectron2(source, prefix="")
+        assert list(bare.state_dict) == list(source)
+
+
+def test_what_is_no_bare_resnet_of_detectron2():
+    source = build_resnet_backbone(detector_cfg("RetinaNet"), ShapeSpec(channels=3)).state_dict()
+    extra = convert_detectron2({**source, "res2.9.conv1.weight": torch.zeros(1)})
+    model = build_model(detector_cfg("RetinaNet")).state_dict()
+    assert compare_with_model(extra, model).unexpected == (
+        "backbone.bottom_up.res2.9.conv1.weight",
+    )
+    assert convert_detectron2({**source, "head.weight": torch.zeros(1)}).unused == ("head.weight",)
+    with pytest.raises(ValueError, match="Not a bare ResNet of Detectron2"):
+        convert_detectron2({f"backbone.{key}": value for key, value in source.items()})
 
 
 # mmdetection
