@@ -4,9 +4,13 @@
 Its config is that of the student with the node CROP_CLASSIFIER; the options are those of
 train_net.py, also with several GPUs, torchrun, --resume and --eval-only. The classifier's
 checkpoint goes to KD.TEACHER.WEIGHTS, with KD.TEACHER.TYPE "ClassifierTeacher".
+
+With CROP_CLASSIFIER.MODE "folder" and ARCH "backbone" it trains a detector's backbone on ImageNet
+instead, or on any folder that has a folder of images for each class.
 """
 
 import logging
+import math
 from collections import OrderedDict
 from typing import Any, Callable, Dict, Sequence
 
@@ -18,18 +22,19 @@ from detectron2.evaluation.testing import print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
+from kd_d2.checkpoint import load_checkpoint_file
 from kd_d2.config import choice
-from kd_d2.data import dataset_classes
 from kd_d2.engine import KDTrainer, launch
 from kd_d2.engine.main import check, setup, short_errors
 from kd_d2.engine.random_state import preserve_random_state
-from kd_d2.projects.dicod.classifier import CropClassifier, correct_in_top, load_start_weights
-from kd_d2.projects.dicod.crop_dataset import (
-    build_crop_test_loader,
-    build_crop_train_loader,
-    iterations_per_epoch,
+from kd_d2.projects.dicod.backbone_classifier import build_classifier
+from kd_d2.projects.dicod.classifier_data import classifier_data
+from kd_d2.projects.dicod.image_classifier import (
+    ImageClassifier,
+    correct_in_top,
+    load_start_weights,
 )
-from kd_d2.projects.dicod.teacher import load_classifier
+from kd_d2.projects.dicod.teacher import fill_classifier, read_metadata
 
 logger = logging.getLogger("kd_d2.train_classifier")
 
@@ -46,11 +51,13 @@ OPTIMIZERS: Dict[str, Callable[..., torch.optim.Optimizer]] = {
 def with_schedule(cfg: CfgNode) -> CfgNode:
     """Return ``cfg`` with the epochs of CROP_CLASSIFIER as iterations in SOLVER and TEST.
 
-    What the student's config says there is not for the classifier. Reads or builds the index.
+    What the student's config says there is not for the classifier. Reads or builds the index. The
+    last batch of an epoch is filled up.
     """
-    _check_test_classes(cfg, dataset_classes(cfg.DATASETS.TRAIN[0]))
+    data = classifier_data(cfg)
+    _check_test_classes(cfg, data.classes(cfg))
     node = cfg.CROP_CLASSIFIER
-    epoch = iterations_per_epoch(cfg)
+    epoch = math.ceil(data.num_images(cfg) / node.BATCH_SIZE)
     total = node.EPOCHS * epoch
     cfg = cfg.clone()
     cfg.defrost()
@@ -75,16 +82,20 @@ def with_schedule(cfg: CfgNode) -> CfgNode:
 
 
 def _check_test_classes(cfg: CfgNode, classes: Sequence[str]) -> None:
-    for name in cfg.DATASETS.TEST:
-        if dataset_classes(name) != list(classes):
+    data = classifier_data(cfg)
+    for name in data.test_names(cfg):
+        found = data.test_classes(cfg, name)
+        if found != list(classes):
+            differing = [pair for pair in zip(found, classes) if pair[0] != pair[1]][:5]
             raise ValueError(
-                f"{name} (DATASETS.TEST) has the classes {dataset_classes(name)}, the classifier "
-                f"{list(classes)}; evaluate on data with the same classes in the same order"
+                f"the test data {name} have {len(found)} classes, the classifier {len(classes)}; "
+                f"first differences: {differing or 'the count only'}; evaluate on data with the "
+                "same classes in the same order"
             )
 
 
 class ClassifierTrainer(KDTrainer):
-    """KDTrainer for a CropClassifier in place of a student, without distillation."""
+    """KDTrainer for a classifier in place of a student, without distillation."""
 
     def __init__(self, cfg: CfgNode):
         super().__init__(with_schedule(cfg))
@@ -94,7 +105,7 @@ class ClassifierTrainer(KDTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model = CropClassifier(cfg, dataset_classes(cfg.DATASETS.TRAIN[0]))
+        model = build_classifier(cfg, classifier_data(cfg).classes(cfg))
         weights = cfg.CROP_CLASSIFIER.WEIGHTS
         if weights:
             initial = load_start_weights(model, weights, cfg.KD.ALLOW_UNSAFE_LOAD)
@@ -109,10 +120,10 @@ class ClassifierTrainer(KDTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        return build_crop_train_loader(cfg)
+        return classifier_data(cfg).train_loader(cfg)
 
     @classmethod
-    def test(cls, cfg: CfgNode, model: CropClassifier, evaluators=None) -> Dict[str, Any]:
+    def test(cls, cfg: CfgNode, model: ImageClassifier, evaluators=None) -> Dict[str, Any]:
         """Return ``{data set: {"top1", "top5", "crops"}}``, percent and a number, on all ranks."""
         return evaluate(cfg, model)
 
@@ -131,8 +142,8 @@ class ClassifierTrainer(KDTrainer):
 
 
 @torch.no_grad()
-def evaluate(cfg: CfgNode, model: CropClassifier) -> Dict[str, Any]:
-    """Evaluate on the crops of DATASETS.TEST; leaves mode and random state as they are."""
+def evaluate(cfg: CfgNode, model: ImageClassifier) -> Dict[str, Any]:
+    """Evaluate on all test data; leaves mode and random state as they are."""
     mode = model.training
     model.eval()
     if comm.get_world_size() > 1:
@@ -140,10 +151,11 @@ def evaluate(cfg: CfgNode, model: CropClassifier) -> Dict[str, Any]:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     results: Dict[str, Any] = OrderedDict()
+    data = classifier_data(cfg)
     try:
         with preserve_random_state():
-            for name in cfg.DATASETS.TEST:
-                results[name] = _accuracy(model, build_crop_test_loader(cfg, name))
+            for name in data.test_names(cfg):
+                results[name] = _accuracy(model, data.test_loader(cfg, name))
     finally:
         model.train(mode)
     if comm.is_main_process():
@@ -153,7 +165,7 @@ def evaluate(cfg: CfgNode, model: CropClassifier) -> Dict[str, Any]:
     return results
 
 
-def _accuracy(model: CropClassifier, loader) -> Dict[str, float]:
+def _accuracy(model: ImageClassifier, loader) -> Dict[str, float]:
     counts = torch.zeros(3, dtype=torch.float64)
     for batch in loader:
         logits, labels = model(batch).cpu(), batch["labels"]
@@ -176,15 +188,18 @@ def prepare(args) -> Callable[[], Any]:
         return trainer.train
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("--eval-only needs a classifier: give its checkpoint as MODEL.WEIGHTS")
-    model = load_classifier(cfg.MODEL.WEIGHTS, allow_unsafe=cfg.KD.ALLOW_UNSAFE_LOAD)
-    _check_test_classes(cfg, model.classes)
-    expected = CropClassifier(cfg, model.classes).metadata()
+    path = cfg.MODEL.WEIGHTS
+    checkpoint = load_checkpoint_file(path, cfg.KD.ALLOW_UNSAFE_LOAD)
+    facts = read_metadata(checkpoint, path)
+    _check_test_classes(cfg, facts["classes"])
+    model = build_classifier(cfg, facts["classes"])
     for key, value in model.metadata().items():
-        if key != "losses" and value != expected[key]:
+        if key != "losses" and value != facts[key]:
             raise ValueError(
-                f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} is a classifier with {key} {value}, the config "
-                f"says {expected[key]}"
+                f"MODEL.WEIGHTS {path} is a classifier with {key} {facts[key]}, the config says "
+                f"{value}"
             )
+    fill_classifier(model, checkpoint, path, cfg.KD.TEACHER.ALLOW_KEY_MISMATCH)
     model.to(torch.device(cfg.MODEL.DEVICE))
     return lambda: evaluate(cfg, model)
 

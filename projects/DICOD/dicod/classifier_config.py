@@ -16,10 +16,13 @@ def add_classifier_config(cfg: CN) -> None:
     INPUT.FORMAT), DATALOADER.*, and, in mode "online", all of INPUT.*. "Ours": DICOD does not say.
     """
     cfg.CROP_CLASSIFIER = node = CN()
-    # Name in classifier.ARCHITECTURES. Paper: resnet50; also resnet18 and resnext101_32x8d.
+    # Name in classifier.ARCHITECTURES. Paper: resnet50; also resnet18 and resnext101_32x8d. Or
+    # "backbone": the ResNet of MODEL.RESNETS (with NORM "BN" or "SyncBN", nothing frozen), which no
+    # detector learns from; it is for students whose backbone has no public weights.
     node.ARCH = "resnet50"
     # Start: torchvision's weights of this architecture, or a file in the layout of PyTorch's
-    # ImageNet example; its last layer is not used. Empty: from scratch. Paper: ImageNet.
+    # ImageNet example; its last layer is not used. Empty: from scratch. Paper: ImageNet. Of
+    # "backbone": an earlier checkpoint, or a bare backbone in Detectron2's names.
     node.WEIGHTS = ""
     # Side of the crops, pixels. Paper: 56, 112 or 224; 112 for all students.
     node.INPUT_SIZE = 112
@@ -34,9 +37,16 @@ def add_classifier_config(cfg: CN) -> None:
     # Initial probability of every class, in (0, 1), when there is a focal loss. Ours.
     node.PRIOR_PROB = 0.01
 
-    # "object" (every box once per epoch, cut from the original image) or "online" (the student's
-    # mapper, then all boxes that survived it). Ours.
+    # "object" (every box once per epoch, cut from the original image), "online" (the student's
+    # mapper, then all boxes that survived it), or "folder" (the images of FOLDER, e.g. ImageNet;
+    # DATASETS is not read then). Ours.
     node.MODE = "object"
+    # Of mode "folder": folders that have a folder of images for each class, whose name is the
+    # class; relative to the folder of the data sets. TEST may be empty: no evaluation. Training
+    # takes random parts of the images, evaluation their middle.
+    node.FOLDER = CN()
+    node.FOLDER.TRAIN = ""
+    node.FOLDER.TEST = ""
     # Distort every crop of mode "object" as SSD does: for a teacher of SSD. The flip is that of
     # INPUT.RANDOM_FLIP.
     node.PHOTOMETRIC = False

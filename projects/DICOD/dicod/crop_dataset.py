@@ -5,25 +5,20 @@ colour beyond the border of the image (:func:`kd_d2.modeling.layers.box_crop.cro
 leave here as float32 of 0..255, in the student's order of channels; the classifier normalises them.
 """
 
-import math
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import numpy as np
 import torch
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
-from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from kd_d2.config import choice
 from kd_d2.data import (
-    NamingMapper,
     PhotometricDistortion,
     ResumableTrainLoader,
-    RobustDataset,
     build_mapper,
     build_train_loader,
 )
@@ -31,6 +26,11 @@ from kd_d2.modeling.layers.box_crop import crop_boxes
 
 from .crop_files import check_crop_files, patch_bounds, patch_file
 from .crop_index import CropIndex, load_crop_indices
+from .record_loaders import (
+    build_record_test_loader,
+    build_record_train_loader,
+    crops_per_process,
+)
 
 __all__ = [
     "CropMapper",
@@ -40,7 +40,7 @@ __all__ = [
     "build_crop_test_loader",
     "build_crop_train_loader",
     "crop_raw",
-    "iterations_per_epoch",
+    "num_training_crops",
 ]
 
 Batch = Dict[str, Tensor]
@@ -244,52 +244,23 @@ def build_crop_test_loader(cfg, name: str):
     """
     node = cfg.CROP_CLASSIFIER
     records = CropRecords(load_crop_indices([name], node.INDEX_DIR), node.CROPS_DIR)
-    return build_detection_test_loader(
-        records,
-        mapper=NamingMapper(_object_mapper(cfg, is_train=False)),
-        batch_size=_per_process(cfg),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=_collate,
-    )
+    return build_record_test_loader(cfg, records, _object_mapper(cfg, is_train=False))
 
 
-def iterations_per_epoch(cfg) -> int:
-    """Batches that have as many crops as DATASETS.TRAIN, the last one filled up."""
-    node = cfg.CROP_CLASSIFIER
-    crops = sum(map(len, load_crop_indices(cfg.DATASETS.TRAIN, node.INDEX_DIR)))
-    return math.ceil(crops / node.BATCH_SIZE)
+def num_training_crops(cfg) -> int:
+    """Number of crops of DATASETS.TRAIN."""
+    return sum(map(len, load_crop_indices(cfg.DATASETS.TRAIN, cfg.CROP_CLASSIFIER.INDEX_DIR)))
 
 
 def _object_loader(cfg) -> ResumableTrainLoader:
     node = cfg.CROP_CLASSIFIER
-    batch = _per_process(cfg)
     records = CropRecords(load_crop_indices(cfg.DATASETS.TRAIN, node.INDEX_DIR), node.CROPS_DIR)
-    dataset = RobustDataset(
-        records,
-        _object_mapper(cfg, is_train=True),
-        bad_image=cfg.DATALOADER.BAD_IMAGE,
-        max_bad_fraction=cfg.DATALOADER.MAX_BAD_FRACTION,
-    )
-
-    def build(sampler):
-        return build_detection_train_loader(
-            dataset,
-            mapper=None,
-            sampler=sampler,
-            total_batch_size=node.BATCH_SIZE,
-            aspect_ratio_grouping=False,
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
-            collate_fn=_collate,
-        )
-
-    return ResumableTrainLoader(
-        build, TrainingSampler(len(dataset)), images_per_batch=batch, num_images=len(dataset)
-    )
+    return build_record_train_loader(cfg, records, _object_mapper(cfg, is_train=True))
 
 
 def _online_loader(cfg) -> OnlineCropLoader:
     node = cfg.CROP_CLASSIFIER
-    batch = _per_process(cfg)
+    batch = crops_per_process(cfg)
     indices = load_crop_indices(cfg.DATASETS.TRAIN, node.INDEX_DIR)
     # images with crops are those that training uses; on average their crops fill one batch
     images = sum(len(np.unique(index.image_index)) for index in indices)
@@ -325,20 +296,3 @@ def _augmentations(cfg) -> List[T.Augmentation]:
     if flip != "none":
         result.append(T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical"))
     return result
-
-
-def _collate(samples: Sequence[Dict[str, Any]]) -> Batch:
-    return {
-        "crops": torch.stack([sample["crop"] for sample in samples]),
-        "labels": torch.tensor([sample["label"] for sample in samples]),
-    }
-
-
-def _per_process(cfg) -> int:
-    total, world = cfg.CROP_CLASSIFIER.BATCH_SIZE, comm.get_world_size()
-    if total < 1 or total % world:
-        raise ValueError(
-            f"CROP_CLASSIFIER.BATCH_SIZE is {total}, which is not a positive multiple of the "
-            f"{world} processes."
-        )
-    return total // world

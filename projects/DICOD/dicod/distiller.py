@@ -11,7 +11,7 @@ from kd_d2.distillation import DISTILLER_REGISTRY, DistillationContext, Distille
 from kd_d2.modeling.layers.box_crop import crop_boxes
 from kd_d2.modeling.layers.paired_iou import paired_iou
 
-from .classifier import correct_in_top
+from .image_classifier import correct_in_top
 from .kd_cls import ClsMode
 from .kd_loc import OBJ, localisation_loss, target_views
 from .positives import Positives, StudentPositives, build_student_positives

@@ -13,9 +13,11 @@ from kd_d2.distillation import TEACHER_REGISTRY, KeyInfo, Teacher
 from kd_d2.distillation.teacher import freeze
 from kd_d2.modeling.convert import unwrap_state_dict
 
+from .backbone_classifier import BACKBONE
 from .classifier import STAGES, CropClassifier
+from .image_classifier import ClassLosses, ImageClassifier
 
-__all__ = ["ClassifierTeacher", "load_classifier", "read_metadata"]
+__all__ = ["ClassifierTeacher", "fill_classifier", "load_classifier", "read_metadata"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,12 @@ def load_classifier(
     """
     checkpoint = load_checkpoint_file(path, allow_unsafe)
     facts = read_metadata(checkpoint, path)
+    if facts["arch"] == BACKBONE:
+        raise ValueError(
+            f"{path} holds a detector's backbone that was trained as a classifier, not a "
+            "classifier that could teach; tools/convert_weights.py --source detectron2 makes "
+            "MODEL.WEIGHTS of it"
+        )
     model = CropClassifier(
         arch=facts["arch"],
         classes=facts["classes"],
@@ -61,12 +69,33 @@ def load_classifier(
         pixel_std=facts["pixel_std"],
         image_format=facts["format"],
         input_size=facts["input_size"],
-        losses=facts["losses"],
+        losses=ClassLosses(names=facts["losses"]),
     )
+    fill_classifier(model, checkpoint, path, allow_key_mismatch)
+    return model
+
+
+def fill_classifier(
+    model: ImageClassifier,
+    checkpoint: Mapping[str, Any],
+    path: str,
+    allow_key_mismatch: bool = False,
+) -> None:
+    """Load the weights of a checkpoint into ``model``.
+
+    Args:
+        model: is changed in place.
+        checkpoint: content of the file.
+        path: its name, for messages.
+        allow_key_mismatch: go on although keys differ.
+
+    Raises:
+        ValueError: keys are missing, unexpected or of another shape; the message lists all.
+    """
     state = unwrap_state_dict(checkpoint)
     report = compare(state, model)
     if not report.ok:
-        message = f"the classifier in {path} is no {facts['arch']}:\n{report.format()}"
+        message = f"the classifier in {path} is no {model.arch}:\n{report.format()}"
         if not allow_key_mismatch:
             raise ValueError(
                 f"{message}\nSet KD.TEACHER.ALLOW_KEY_MISMATCH True to go on all the same."
@@ -75,7 +104,6 @@ def load_classifier(
         misshaped = {key for key, _, _ in report.mismatched}
         state = {key: value for key, value in state.items() if key not in misshaped}
     model.load_state_dict(state, strict=False)
-    return model
 
 
 @TEACHER_REGISTRY.register()
@@ -188,7 +216,7 @@ class ClassifierTeacher(Teacher):
             pixel_std=cfg.MODEL.PIXEL_STD,
             image_format=cfg.INPUT.FORMAT,
             input_size=node.INPUT_SIZE,
-            losses=("cross_entropy",),
+            losses=ClassLosses(names=["cross_entropy"]),
         )
 
     def start(self, batched_inputs, padded_size, needs, gt_instances=None):

@@ -18,6 +18,7 @@ from kd_d2.data import dataset_classes, register_all
 from kd_d2.engine.main import import_components, short_errors
 from kd_d2.modeling.convert import unwrap_state_dict
 from kd_d2.projects.dicod.classifier import ARCHITECTURES, CropClassifier
+from kd_d2.projects.dicod.image_classifier import ClassLosses
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +62,7 @@ def main(argv=None) -> None:
             pixel_std=args.pixel_std,
             image_format=args.format,
             input_size=args.input_size,
-            losses=args.losses,
+            losses=ClassLosses(names=args.losses),
         )
         state = unwrap_state_dict(load_checkpoint_file(args.input, args.allow_unsafe_load))
         report = compare(state, model)

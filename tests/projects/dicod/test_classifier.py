@@ -8,10 +8,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torchvision.models import resnet18, resnet50, resnext101_32x8d
 
-from kd_d2.projects.dicod.classifier import (
-    ARCHITECTURES,
-    STAGES,
-    CropClassifier,
+from kd_d2.projects.dicod.classifier import ARCHITECTURES, STAGES, CropClassifier
+from kd_d2.projects.dicod.image_classifier import (
     correct_in_top,
     cross_entropy_loss,
     focal_loss,

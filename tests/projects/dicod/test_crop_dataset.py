@@ -19,7 +19,7 @@ from kd_d2.projects.dicod.crop_dataset import (
     OnlineCropMapper,
     build_crop_test_loader,
     build_crop_train_loader,
-    iterations_per_epoch,
+    num_training_crops,
 )
 from kd_d2.projects.dicod.crop_files import patch_bounds, write_crop_files
 from kd_d2.projects.dicod.crop_index import build_crop_index
@@ -164,7 +164,7 @@ def test_validation_sees_every_crop_once_and_as_it_is(dataset, tmp_path):
     records = CropRecords([build_crop_index(dataset, progress=False)])
     assert torch.equal(crops, torch.stack([mapper()(records[i])["crop"] for i in range(7)]))
     assert torch.cat([b["labels"] for b in batches]).tolist() == [0, 1, 2, 0, 1, 2, 2]
-    assert iterations_per_epoch(cfg) == 2
+    assert num_training_crops(cfg) == 7
 
 
 def test_an_epoch_has_every_crop_once(dataset, tmp_path):

@@ -153,9 +153,9 @@ def test_evaluation_counts(dataset, tmp_path, monkeypatch):
     """Class 0 always wins, class 2 is second: of 4 crops each, 4 are right, also in the top 1."""
     module = script()
     cfg = classifier_cfg(tmp_path, dataset)
-    model = module.CropClassifier(cfg, CLASSES).train()
+    model = module.build_classifier(cfg, CLASSES).train()
     monkeypatch.setattr(
-        module.CropClassifier,
+        type(model),
         "logits",
         lambda self, crops: torch.tensor([3.0, 1, 2]).repeat(len(crops), 1),
     )
@@ -198,7 +198,7 @@ def test_the_students_training_keys_are_not_the_classifiers(dataset, tmp_path):
 def test_evaluation_on_other_classes_is_refused_at_once(dataset, tmp_path):
     with registered_toy_dataset(tmp_path, 1, CLASSES[::-1]) as other:
         cfg = classifier_cfg(tmp_path, dataset, **{"DATASETS.TEST": (dataset, other)})
-        with pytest.raises(ValueError, match="'cross', 'square', 'disc'.* the classifier .'disc'"):
+        with pytest.raises(ValueError, match="3 classes, the classifier 3; .*'cross', 'disc'"):
             script().with_schedule(cfg)
 
 
