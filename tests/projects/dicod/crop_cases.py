@@ -106,7 +106,8 @@ def small_classifier(losses=("cross_entropy",), **changes):
 def class_folder(folder, num_images, classes=("blue", "green", "red")):
     """Write ``train`` and ``val`` with noisy images of a colour for each class; return the folder.
 
-    The named colour is by far the brightest channel; an unknown name is all dark.
+    The named colour is by far the brightest channel; an unknown name is all dark. Every class has
+    one image more in ``val``.
     """
     channels = {"red": 0, "green": 1, "blue": 2}
     noise = np.random.default_rng(0)
@@ -114,7 +115,7 @@ def class_folder(folder, num_images, classes=("blue", "green", "red")):
     for split in ("train", "val"):
         for label in classes:
             (folder / split / label).mkdir(parents=True)
-            for i in range(num_images):
+            for i in range(num_images + (split == "val")):
                 pixels = noise.integers(0, 100, (40 + i, 48, 3), dtype=np.uint8)
                 if label in channels:
                     pixels[..., channels[label]] += 120

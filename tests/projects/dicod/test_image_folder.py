@@ -35,11 +35,11 @@ def test_classes_and_batches(folder, tmp_path):
     assert data.classes(cfg) == ["blue", "green", "red"] == data.test_classes(cfg, "any")
     assert data.num_images(cfg) == 9 and list(data.test_names(cfg)) == [str(folder / "val")]
     batches = list(data.test_loader(cfg, "any"))
-    assert torch.cat([batch["labels"] for batch in batches]).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert torch.cat([batch["labels"] for batch in batches]).tolist() == [0] * 4 + [1] * 4 + [2] * 4
     crops = torch.cat([batch["crops"] for batch in batches])
-    assert crops.dtype == torch.float32 and crops.shape == (9, 3, 32, 32)
+    assert crops.dtype == torch.float32 and crops.shape == (12, 3, 32, 32)
     # RGB: the class is the brightest channel
-    assert crops.mean(dim=(2, 3)).argmax(dim=1).tolist() == [2, 2, 2, 1, 1, 1, 0, 0, 0]
+    assert crops.mean(dim=(2, 3)).argmax(dim=1).tolist() == [2] * 4 + [1] * 4 + [0] * 4
     bgr = folder_cfg(folder, tmp_path, **{"INPUT.FORMAT": "BGR"})
     flipped = torch.cat([batch["crops"] for batch in classifier_data(bgr).test_loader(bgr, "any")])
     assert torch.equal(flipped, crops.flip(1))
