@@ -47,7 +47,7 @@ class DICOD(Distiller):
 
     info = MethodInfo(
         title="DICOD: distilling image classifiers in object detectors",
-        paper="Chawla et al., Distilling Image Classifiers in Object Detectors, NeurIPS 2021, "
+        paper="Guo et al., Distilling Image Classifiers in Object Detectors, NeurIPS 2021, "
         "arXiv 2106.05209",
         compares="classes of positives with a classifier's on the objects' crops; the image, and "
         "the classifier's early features, under predicted and annotated boxes",
