@@ -27,6 +27,7 @@ from kd_d2.checkpoint import (
     KDCheckpointer,
     KeyReport,
     MissingFileError,
+    architecture_entry,
     atomic_save,
     atomic_write,
     load_yaml_config,
@@ -90,7 +91,8 @@ class Export:
 def export_student(cfg: CfgNode, weights: str, output: str, safetensors: bool = False) -> Export:
     """Write the student of a training checkpoint so that a plain detector can be built from it.
 
-    ``model_student.pth`` holds ``{"model": state dict}`` without the modules that the
+    ``model_student.pth`` holds ``{"model": state dict}``, and the architecture of a student that
+    describes its own (:mod:`kd_d2.checkpoint.architecture`), without the modules that the
     meta-architecture lists in ``training_only_modules`` (module paths; default none). If it has a
     method ``deploy(cfg)``, that changes the written config to one without these modules.
     ``config.yaml`` holds no ``KD`` node, and, if all components are Detectron2's own, no key that
@@ -133,7 +135,7 @@ def export_student(cfg: CfgNode, weights: str, output: str, safetensors: bool = 
     exported_cfg.OUTPUT_DIR = get_plain_cfg().OUTPUT_DIR
 
     os.makedirs(output, exist_ok=True)
-    atomic_save({"model": state}, paths[0])
+    atomic_save({"model": state, **architecture_entry(original)}, paths[0])
     if save_safetensors is not None:
         paths.append(os.path.join(output, SAFETENSORS_NAME))
         # The format has no shared or strided storage.

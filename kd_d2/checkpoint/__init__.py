@@ -1,5 +1,6 @@
 """Reading and writing of checkpoints and configs: complete files only, no code from files."""
 
+from kd_d2.checkpoint.architecture import architecture_entry
 from kd_d2.checkpoint.atomic import atomic_save, atomic_write, remove_stale
 from kd_d2.checkpoint.checkpointer import KDCheckpointer
 from kd_d2.checkpoint.fitting import load_weights
@@ -22,6 +23,7 @@ __all__ = [
     "KeyReport",
     "MissingFileError",
     "UNSAFE_KEY",
+    "architecture_entry",
     "atomic_save",
     "atomic_write",
     "compare",

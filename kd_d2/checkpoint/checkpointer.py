@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import _filter_reused_missing_keys
 from torch import nn
 
+from kd_d2.checkpoint.architecture import ENTRY, architecture_entry, check_entry, check_fit
 from kd_d2.checkpoint.atomic import atomic_save, atomic_write, remove_stale
 from kd_d2.checkpoint.report import KeyReport, is_exempt
 from kd_d2.checkpoint.safe_load import MissingFileError, is_intact, load_checkpoint_file
@@ -27,7 +28,7 @@ _PLAIN_TYPES = (type(None), bool, float, str, torch.dtype, torch.device, torch.S
 
 
 class KDCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer with three differences.
+    """Detectron2's checkpointer with four differences.
 
     - A file is written beside its final place, synced, renamed; then ``last_checkpoint`` is
       written in the same way. A kill at any moment leaves the previous pair usable, and when
@@ -36,6 +37,8 @@ class KDCheckpointer(DetectionCheckpointer):
     - Files are read without running code from them (:mod:`kd_d2.checkpoint.safe_load`), and only
       what can be read again in this way is written.
     - ``last_report`` says which keys of the model the last :meth:`load` filled, and which not.
+    - A model that describes its architecture has it in the entry ``arch``, and refuses files of
+      another one (:mod:`kd_d2.checkpoint.architecture`).
 
     Everything that Detectron2 reads is read: zoo ``.pkl`` of Detectron2 and Caffe2, ``.pyth`` of
     pycls, ``?matching_heuristics=True`` in the path; in addition ``.safetensors``.
@@ -84,6 +87,7 @@ class KDCheckpointer(DetectionCheckpointer):
         data = {"model": self.model.state_dict()}
         for key, checkpointable in self.checkpointables.items():
             data[key] = checkpointable.state_dict()
+        data.update(architecture_entry(self.model))
         data.update(kwargs)
         data = {key: _storable(value, key) for key, value in data.items()}
 
@@ -109,7 +113,8 @@ class KDCheckpointer(DetectionCheckpointer):
 
         Raises:
             MissingFileError: there is no such file.
-            ValueError: the file is damaged or holds no state dict, or needs code to be run.
+            ValueError: the file is damaged or holds no state dict, or needs code to be run, or
+                belongs to another architecture.
         """
         self.last_report = None
         if path:
@@ -117,9 +122,12 @@ class KDCheckpointer(DetectionCheckpointer):
             if not os.path.isfile(file):
                 raise MissingFileError(f"Checkpoint {path} does not exist: check MODEL.WEIGHTS.")
         try:
-            return super().load(path, checkpointables)
+            rest = super().load(path, checkpointables)
         finally:
             self._parsed_url_during_load = None  # or the next load of this object would fail
+        if self.last_report is not None:
+            check_fit(self.model, self.last_report, ENTRY in rest, path)
+        return rest
 
     def has_checkpoint(self) -> bool:
         """True if there is something to resume from: a tag, or a checkpoint that a kill left
@@ -215,6 +223,7 @@ class KDCheckpointer(DetectionCheckpointer):
         else:
             data = super()._load_file(filename)  # reads through _torch_load
         self._check_model_entry(data["model"], filename)
+        check_entry(self.model, data, filename)
         self._absent = [key for key in self.checkpointables if key not in data]
         return data
 
