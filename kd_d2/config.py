@@ -12,12 +12,26 @@ from detectron2.utils.registry import Registry
 
 from kd_d2.modeling.config import add_modeling_config
 
-__all__ = ["CONFIG_NODES", "add_kd_config", "add_schedule_config", "choice", "get_cfg"]
+__all__ = [
+    "CONFIG_NODES",
+    "CONFIG_RESOLVERS",
+    "add_kd_config",
+    "add_schedule_config",
+    "choice",
+    "get_cfg",
+]
 
 CONFIG_NODES = Registry("CONFIG_NODES")
 CONFIG_NODES.__doc__ = """
 Functions ``add_xyz_config(cfg)`` of projects and user modules, each adding its own nodes to the
 default config. Importing the module registers the function; :func:`get_cfg` calls all of them.
+"""
+
+CONFIG_RESOLVERS = Registry("CONFIG_RESOLVERS")
+CONFIG_RESOLVERS.__doc__ = """
+Functions ``resolve_xyz(cfg)`` that write out what a finished config only refers to, so that the
+copy of it beside the results stands for itself. ``kd_d2.engine.main.build_config`` calls all of
+them; whoever builds a model from a config must not depend on that.
 """
 
 

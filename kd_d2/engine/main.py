@@ -27,7 +27,7 @@ from kd_d2.checkpoint import (
     read_config_file,
     unsafe_load_requested,
 )
-from kd_d2.config import get_cfg
+from kd_d2.config import CONFIG_RESOLVERS, get_cfg
 from kd_d2.data import check_datasets, register_all
 
 from .trainer import KDTrainer
@@ -86,6 +86,8 @@ def build_config(config_file: str = "", opts: Iterable[str] = ()) -> CfgNode:
     )
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    for _, resolve in CONFIG_RESOLVERS:
+        resolve(cfg)
     cfg.freeze()
     return cfg
 
