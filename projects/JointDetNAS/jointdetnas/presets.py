@@ -1,10 +1,11 @@
 """Architectures by name: the base networks and the results that the paper publishes."""
 
+import ast
 from typing import Dict, List, Sequence, Tuple
 
 from .space import Architecture, parse
 
-__all__ = ["PRESETS", "resolve"]
+__all__ = ["PRESETS", "config_text", "resolve"]
 
 
 def _basic(depths: Sequence[int]) -> str:
@@ -60,16 +61,31 @@ def resolve(text: str, stem: int = 64) -> Architecture:
     """The architecture of a preset's name or of an encoding.
 
     Args:
-        text: key of ``PRESETS``, or a literal in the grammar of :mod:`.space`.
+        text: key of ``PRESETS``, or a literal in the grammar of :mod:`.space`; see
+            :func:`config_text` for quotes around it.
         stem: output channels of the stem.
 
     Raises:
         ValueError: neither; the message lists the presets, or names the malformed block.
     """
-    name = text.strip()
+    name = text.strip().strip("\"'")
     if name not in PRESETS and "[" not in name:
         raise ValueError(
             f"'{text}' is neither an encoding [...],[...],[...],[...] nor one of the presets "
             f"{sorted(PRESETS)}"
         )
     return parse(PRESETS.get(name, name), stem)
+
+
+def config_text(architecture: Architecture) -> str:
+    """The encoding as the value of a config key that is still a text when it has been read.
+
+    Whatever is a Python literal becomes one when a config is read. An encoding is one if all its
+    stages have a single block and no block has a suffix; it is then put in quotes.
+    """
+    text = str(architecture)
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return f'"{text}"'
