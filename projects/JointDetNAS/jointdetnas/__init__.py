@@ -1,6 +1,8 @@
 """Joint-DetNAS: search, pruning and distillation of a detector in one loop (arXiv 2105.12971)."""
 
+from .actions import STUDENT_ACTIONS, Action
 from .config import add_morph_resnet_config, add_search_config
+from .evolve import StudentMorphism
 from .morph_resnet import MorphResNet
 from .presets import PRESETS, resolve
 from .score import StudentScore
@@ -8,11 +10,14 @@ from .space import Architecture, Block, Stream, parse
 from .surgery import select_channels
 
 __all__ = [
+    "Action",
     "Architecture",
     "Block",
     "MorphResNet",
     "PRESETS",
+    "STUDENT_ACTIONS",
     "Stream",
+    "StudentMorphism",
     "StudentScore",
     "add_morph_resnet_config",
     "add_search_config",

@@ -13,6 +13,7 @@ from torch import nn
 
 from kd_d2.checkpoint import MissingFileError, load_checkpoint_file
 from kd_d2.config import CONFIG_RESOLVERS
+from kd_d2.modeling.backbone.fpn import build_fpn_from_config
 
 from .morph_blocks import MorphBlock, Norm
 from .presets import config_text, resolve
@@ -22,12 +23,17 @@ __all__ = [
     "MorphResNet",
     "build_morph_resnet_backbone",
     "build_morph_resnet_fpn_backbone",
+    "build_retinanet_morph_resnet_fpn_backbone",
     "config_architecture",
     "find_pyramid",
     "resolve_encoding",
 ]
 
-_BUILDERS = ("build_morph_resnet_backbone", "build_morph_resnet_fpn_backbone")
+_BUILDERS = (
+    "build_morph_resnet_backbone",
+    "build_morph_resnet_fpn_backbone",
+    "build_retinanet_morph_resnet_fpn_backbone",
+)
 
 
 class MorphResNet(ResNet):
@@ -229,3 +235,13 @@ def build_morph_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
         top_block=LastLevelMaxPool(),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_morph_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The same below the pyramid of one-stage detectors, P3 to P7; P6 as ``FPN.P6_SOURCE`` says.
+
+    Raises:
+        ValueError: as :func:`build_morph_resnet_backbone`.
+    """
+    return build_fpn_from_config(cfg, build_morph_resnet_backbone(cfg, input_shape))

@@ -47,6 +47,8 @@ def student_cfg(encoding: str = BOTTLENECK, **more: Any):
 
 def student(encoding: str = BOTTLENECK, seed: int = 0, **more: Any) -> nn.Module:
     """The detector, in eval mode, with batch norms as after some training."""
+    if encoding.startswith("[") and "-" not in encoding:
+        encoding = f'"{encoding}"'  # or the config would read a tuple
     model = tiny_model("GeneralizedRCNN", seed, **morph_options(encoding, **more))
     randomise_norms(model, seed)
     return model.eval()
