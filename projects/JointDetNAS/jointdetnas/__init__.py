@@ -7,11 +7,13 @@ from .morph_resnet import MorphResNet
 from .presets import PRESETS, resolve
 from .score import StudentScore
 from .space import Architecture, Block, Stream, parse
+from .sparsity import BNSparsity, add_bnsparsity_config
 from .surgery import select_channels
 
 __all__ = [
     "Action",
     "Architecture",
+    "BNSparsity",
     "Block",
     "MorphResNet",
     "PRESETS",
@@ -19,6 +21,7 @@ __all__ = [
     "Stream",
     "StudentMorphism",
     "StudentScore",
+    "add_bnsparsity_config",
     "add_morph_resnet_config",
     "add_search_config",
     "parse",

@@ -20,6 +20,7 @@ from .presets import config_text, resolve
 from .space import Architecture
 
 __all__ = [
+    "MORPH_BUILDERS",
     "MorphResNet",
     "build_morph_resnet_backbone",
     "build_morph_resnet_fpn_backbone",
@@ -29,7 +30,8 @@ __all__ = [
     "resolve_encoding",
 ]
 
-_BUILDERS = (
+# Values of MODEL.BACKBONE.NAME.
+MORPH_BUILDERS = (
     "build_morph_resnet_backbone",
     "build_morph_resnet_fpn_backbone",
     "build_retinanet_morph_resnet_fpn_backbone",
@@ -187,7 +189,7 @@ def resolve_encoding(cfg: CfgNode) -> None:
 
     A file that does not exist yet is left to the construction of the model.
     """
-    if cfg.MODEL.BACKBONE.NAME not in _BUILDERS:
+    if cfg.MODEL.BACKBONE.NAME not in MORPH_BUILDERS:
         return
     node = cfg.MODEL.MORPH_RESNET
     if node.ENCODING != "auto" or os.path.isfile(_weights_file(cfg)):
