@@ -1,13 +1,19 @@
-"""Box losses per pair of boxes: 1 - GIoU and -ln IoU; class-aware distance of box deltas."""
+"""Box losses per pair of boxes: 1 - GIoU and -ln IoU; distances of box deltas per class."""
 
-from typing import Tuple
+from typing import Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from kd_d2.losses.precision import full_precision
 
-__all__ = ["class_aware_localisation", "giou_loss", "iou_log_loss"]
+__all__ = [
+    "class_aware_localisation",
+    "convert_deltas",
+    "giou_loss",
+    "iou_log_loss",
+    "labelled_class_localisation",
+]
 
 
 def giou_loss(
@@ -106,6 +112,43 @@ def class_aware_localisation(
         difference = full_precision(teacher) - full_precision(student)
         weights = full_precision(class_weights).unsqueeze(-1)
         return (weights * difference).sum(dim=1).abs().sum(dim=1)
+
+
+def labelled_class_localisation(
+    student: Tensor, teacher: Tensor, classes: Tensor, *, detach_targets: bool = True
+) -> Tensor:
+    """|| d^t_c - d^s_c ||_1 of each RoI, c its labelled class: what class-aware distillation is
+    compared with (G-DetKD, Table 13; Joint-DetNAS, Table 12).
+
+    Args:
+        student: (R, K, 4) deltas of each foreground class, or (R, 1, 4) of a class-agnostic head.
+        teacher: the same, in the student's parametrisation.
+        classes: (R,) int64 in 0..K-1; foreground RoIs only.
+        detach_targets: ``teacher`` is a constant.
+
+    Returns:
+        (R,), summed over the 4 deltas, fp32 or fp64.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        teacher = teacher.detach() if detach_targets else teacher
+        difference = _of_class(full_precision(teacher), classes) - _of_class(
+            full_precision(student), classes
+        )
+        return difference.abs().sum(dim=1)
+
+
+def convert_deltas(deltas: Tensor, source: Sequence[float], target: Sequence[float]) -> Tensor:
+    """Return ``deltas`` (..., 4) made with ``Box2BoxTransform`` weights ``source`` as those with
+    ``target`` describe the same boxes; fp32 or fp64."""
+    deltas = full_precision(deltas)
+    return deltas * deltas.new_tensor([t / s for s, t in zip(source, target)])
+
+
+def _of_class(deltas: Tensor, classes: Tensor) -> Tensor:
+    """(R, K or 1, 4) -> (R, 4)."""
+    if deltas.shape[1] == 1:
+        return deltas[:, 0]
+    return deltas[torch.arange(len(classes), device=classes.device), classes]
 
 
 def _areas(pred: Tensor, target: Tensor) -> Tuple[Tensor, Tensor]:

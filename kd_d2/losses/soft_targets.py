@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from kd_d2.losses.precision import full_precision
 
-__all__ = ["kl_divergence", "soft_binary_cross_entropy"]
+__all__ = ["kl_divergence", "soft_binary_cross_entropy", "soft_cross_entropy"]
 
 
 def kl_divergence(
@@ -76,6 +76,33 @@ def soft_binary_cross_entropy(
         return F.binary_cross_entropy_with_logits(
             full_precision(student_logits), targets, reduction="none"
         )
+
+
+def soft_cross_entropy(
+    student_logits: Tensor, teacher_logits: Tensor, *, detach_targets: bool = True
+) -> Tensor:
+    """-sum_c softmax(t)_c log softmax(s)_c over the last dimension, temperature 1 (G-DetKD,
+    Sec. 3.4; Joint-DetNAS, L_cls).
+
+    Its minimum, at s = t, is the entropy of the teacher, not 0: 0.832396 for (2, 0, 1). For s = 0
+    it is ln K whatever t is.
+
+    Args:
+        student_logits: (..., K); K counts the background where there is one.
+        teacher_logits: (..., K).
+        detach_targets: ``teacher_logits`` are constants: no gradient reaches them.
+
+    Returns:
+        (...), fp32 or fp64.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    _check(student_logits, teacher_logits)
+    with torch.autocast(student_logits.device.type, enabled=False):
+        targets = teacher_logits.detach() if detach_targets else teacher_logits
+        targets = full_precision(targets).softmax(dim=-1)
+        return -(targets * F.log_softmax(full_precision(student_logits), dim=-1)).sum(dim=-1)
 
 
 def _check(student_logits: Tensor, teacher_logits: Tensor) -> None:

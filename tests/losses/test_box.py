@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from kd_d2.losses.box import class_aware_localisation, giou_loss, iou_log_loss
+from kd_d2.losses.box import (
+    class_aware_localisation,
+    convert_deltas,
+    giou_loss,
+    iou_log_loss,
+    labelled_class_localisation,
+)
 
 _CASES = [
     # pred, target, 1 - GIoU, -ln IoU
@@ -152,3 +158,27 @@ def test_class_aware_without_rows_and_in_half_precision():
 def test_class_aware_shapes(student, teacher, weights):
     with pytest.raises(ValueError, match=r"\(R, K, 4\) or \(R, 1, 4\) and weights of shape"):
         class_aware_localisation(*(torch.zeros(x) for x in (student, teacher, weights)))
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_labelled_class_localisation_reads_one_class(width):
+    student = torch.zeros(2, width, 4, requires_grad=True)
+    teacher = torch.tensor([[[1.0, 0, 0, -2], [0, 4, 0, 0]], [[8.0, 0, 0, 0], [0, 0, 0.5, 0]]])
+    teacher = teacher[:, :width].clone().requires_grad_()
+    value = labelled_class_localisation(student, teacher, torch.tensor([0, width - 1]))
+    assert value.tolist() == ([3.0, 0.5] if width == 2 else [3.0, 8.0])
+    value.sum().backward()
+    assert teacher.grad is None
+    expected = torch.zeros(2, width, 4)
+    expected[0, 0, 0], expected[0, 0, 3] = -1, 1
+    expected[(1, 1, 2) if width == 2 else (1, 0, 0)] = -1
+    torch.testing.assert_close(student.grad, expected)
+    none = labelled_class_localisation(student[:0], teacher[:0], torch.zeros(0).long())
+    assert none.shape == (0,)
+
+
+def test_convert_deltas_by_hand():
+    ones = torch.ones(2, 3, 4).half()
+    value = convert_deltas(ones, (10.0, 10.0, 5.0, 5.0), (1.0, 2.0, 3.0, 4.0))
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, torch.tensor([0.1, 0.2, 0.6, 0.8]).expand(2, 3, 4))

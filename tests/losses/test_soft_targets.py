@@ -3,7 +3,11 @@ import math
 import pytest
 import torch
 
-from kd_d2.losses.soft_targets import kl_divergence, soft_binary_cross_entropy
+from kd_d2.losses.soft_targets import (
+    kl_divergence,
+    soft_binary_cross_entropy,
+    soft_cross_entropy,
+)
 
 LN2, LN3 = math.log(2), math.log(3)
 
@@ -113,3 +117,30 @@ class TestSoftBCE:
         assert out.dtype == torch.float32
         with pytest.raises(ValueError, match="one shape"):
             soft_binary_cross_entropy(torch.zeros(2), torch.zeros(3))
+
+
+class TestSoftCrossEntropy:
+    def test_worked_out(self):
+        teacher = _t(2, 0, 1)
+        assert soft_cross_entropy(teacher, teacher).item() == pytest.approx(0.832396, abs=1e-6)
+        uniform = soft_cross_entropy(torch.zeros(2, 3), teacher.expand(2, 3))
+        assert uniform.tolist() == pytest.approx([LN3, LN3], abs=1e-6)
+        # sum_c p_c log(1 / q_c), p = (3/4, 1/4), q = (1/4, 3/4)
+        value = soft_cross_entropy(_t(0, LN3), _t(LN3, 0))
+        assert value.item() == pytest.approx(0.75 * math.log(4) + 0.25 * math.log(4 / 3), abs=1e-6)
+
+    def test_gradient_is_the_difference_of_probabilities(self):
+        student = torch.randn(2, 5, requires_grad=True)
+        teacher = torch.randn(2, 5, requires_grad=True)
+        soft_cross_entropy(student, teacher).sum().backward()
+        torch.testing.assert_close(student.grad, (student.softmax(-1) - teacher.softmax(-1)))
+        assert teacher.grad is None
+        soft_cross_entropy(student, teacher, detach_targets=False).sum().backward()
+        assert teacher.grad.abs().sum() > 0
+
+    def test_half_precision_no_rows_and_shapes(self):
+        low = torch.tensor([[-200.0, 200.0]], dtype=torch.float16)
+        assert soft_cross_entropy(low, -low).tolist() == [400.0]
+        assert soft_cross_entropy(torch.zeros(0, 3), torch.zeros(0, 3)).shape == (0,)
+        with pytest.raises(ValueError, match="one shape"):
+            soft_cross_entropy(torch.zeros(2, 3), torch.zeros(2, 4))

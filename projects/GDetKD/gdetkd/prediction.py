@@ -5,11 +5,15 @@ from typing import Dict, Mapping, Sequence, Tuple
 import torch
 from detectron2.utils.registry import Registry
 from torch import Tensor
-from torch.nn import functional as F
 
 from kd_d2.distillation import KeyInfo
-from kd_d2.losses.box import class_aware_localisation
+from kd_d2.losses.box import (
+    class_aware_localisation,
+    convert_deltas,
+    labelled_class_localisation,
+)
 from kd_d2.losses.precision import full_precision
+from kd_d2.losses.soft_targets import soft_cross_entropy
 
 from .records import RoIBatch
 from .validation import (
@@ -27,34 +31,8 @@ __all__ = [
     "PredictionTerm",
     "Regression",
     "SoftCrossEntropy",
-    "convert_deltas",
-    "soft_cross_entropy",
     "two_stage_terms",
 ]
-
-
-def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """-(1/N) sum_i sum_c p^t_c log p^s_c over the C + 1 classes, temperature 1 (Sec. 3.4).
-
-    Its minimum is the teacher's entropy. Logits (2, 0, 1) on both sides: 0.832396.
-
-    Args:
-        student_logits, teacher_logits: (N, C + 1); the teacher's are constants.
-
-    Returns:
-        scalar, fp32 or fp64; 0 without rows.
-    """
-    with torch.autocast(student_logits.device.type, enabled=False):
-        targets = full_precision(teacher_logits.detach()).softmax(dim=1)
-        log_scores = F.log_softmax(full_precision(student_logits), dim=1)
-        return -(targets * log_scores).sum() / max(len(student_logits), 1)
-
-
-def convert_deltas(deltas: Tensor, source: Sequence[float], target: Sequence[float]) -> Tensor:
-    """Return ``deltas`` (..., 4) made with ``Box2BoxTransform`` weights ``source`` as those with
-    ``target`` describe the same boxes."""
-    deltas = full_precision(deltas)
-    return deltas * deltas.new_tensor([t / s for s, t in zip(source, target)])
 
 
 class PredictionTerm:
@@ -72,12 +50,13 @@ class PredictionTerm:
 
 
 class SoftCrossEntropy(PredictionTerm):
-    """:func:`soft_cross_entropy` of all sampled RoIs."""
+    """Mean of :func:`soft_cross_entropy` over all sampled RoIs, C + 1 classes (Sec. 3.4)."""
 
     teacher_outputs = ("cls",)
 
     def __call__(self, rois, teacher):
-        return soft_cross_entropy(rois.cls, teacher["cls"])
+        rows = soft_cross_entropy(rois.cls, teacher["cls"])
+        return rows.sum() / max(len(rows), 1)
 
 
 REG_MODES = Registry("GDETKD_REG_MODES")
@@ -125,23 +104,14 @@ class _GTClass:
 
     def rows(self, rois, student, teacher, scores):
         positive = rois.positive
-        classes = rois.gt_classes[positive]
-        difference = _of_class(teacher[positive].detach(), classes) - _of_class(
-            student[positive], classes
+        return labelled_class_localisation(
+            student[positive], teacher[positive], rois.gt_classes[positive]
         )
-        return difference.abs().sum(dim=1)
 
 
 def _by_class(deltas: Tensor) -> Tensor:
     """(R, 4K or 4) -> (R, K or 1, 4), also for R = 0."""
     return deltas.view(len(deltas), deltas.shape[1] // 4, 4)
-
-
-def _of_class(deltas: Tensor, classes: Tensor) -> Tensor:
-    """(R, K or 1, 4) -> (R, 4)."""
-    if deltas.shape[1] == 1:
-        return deltas[:, 0]
-    return deltas[torch.arange(len(classes), device=classes.device), classes]
 
 
 REG_MODES._do_register("caware", _ClassAware)

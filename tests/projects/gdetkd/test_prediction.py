@@ -7,12 +7,11 @@ import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
 
+from kd_d2.losses.box import convert_deltas
 from kd_d2.projects.gdetkd.prediction import (
     REG_MODES,
     Regression,
     SoftCrossEntropy,
-    convert_deltas,
-    soft_cross_entropy,
 )
 from kd_d2.projects.gdetkd.records import RoIBatch
 
@@ -35,6 +34,10 @@ def rois(cls, box, labels=None, stage=0):
         box=box,
         stage=stage,
     )
+
+
+def soft_cross_entropy(student, teacher):
+    return SoftCrossEntropy()(rois(student, None), {"cls": teacher})
 
 
 # --------------------------------------------------------------------------------------- cls
