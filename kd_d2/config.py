@@ -146,9 +146,12 @@ def _add_solver_and_data(cfg: CN) -> None:
     cfg.DATALOADER.BAD_IMAGE = "skip"
     # With "skip", stop all the same once this fraction of the requested images was bad.
     cfg.DATALOADER.MAX_BAD_FRACTION = 0.1
-    # Name in MAPPER_REGISTRY: "DatasetMapper" (Detectron2's) or "SSDMapper", which stretches every
-    # image to MODEL.SSD.INPUT_SIZE in float32.
+    # Name in MAPPER_REGISTRY: "DatasetMapper" (Detectron2's), "SSDMapper", which stretches every
+    # image to MODEL.SSD.INPUT_SIZE in float32, or "RandomResolutionMapper".
     cfg.INPUT.MAPPER = "DatasetMapper"
+    # Nominal sizes in pixels of which RandomResolutionMapper draws one for every training image,
+    # the aspect ratio being kept; batches have one size. Joint-DetNAS' (A.1.3).
+    cfg.INPUT.RESOLUTIONS = ((512, 512), (800, 600), (1080, 720), (1333, 800))
     # Augmentation of SSDMapper in training, besides INPUT.RANDOM_FLIP; ranges are those of
     # mmdetection's and DICOD's SSD, see kd_d2.data.photometric and kd_d2.data.ssd_augmentation.
     cfg.INPUT.SSD_AUG = CN()

@@ -7,6 +7,7 @@ from .digit_scenes import build_digit_scenes, digit_scenes_paths
 from .loader import ResumableTrainLoader, build_sample_loader, build_test_loader, build_train_loader
 from .mappers import MAPPER_REGISTRY, NamingMapper, RobustDataset, build_mapper
 from .photometric import PhotometricDistortion
+from .random_resolution import RandomResolutionMapper, at_resolution
 from .scenes import DigitScenesParams
 from .ssd_augmentation import Expand, MinIoUCrop
 from .ssd_mapper import SSDMapper
@@ -18,10 +19,12 @@ __all__ = [
     "MinIoUCrop",
     "NamingMapper",
     "PhotometricDistortion",
+    "RandomResolutionMapper",
     "ResumableTrainLoader",
     "RobustDataset",
-    "annotated_images",
     "SSDMapper",
+    "annotated_images",
+    "at_resolution",
     "build_digit_scenes",
     "build_mapper",
     "build_sample_loader",

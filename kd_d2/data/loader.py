@@ -18,6 +18,7 @@ from detectron2.utils.comm import get_world_size
 
 from .checks import drop_unusable_annotations
 from .mappers import NamingMapper, RobustDataset, build_mapper
+from .random_resolution import GroupedBatches
 
 __all__ = [
     "OffsetSampler",
@@ -143,7 +144,8 @@ def build_train_loader(
 
     Args:
         cfg: whole config.
-        mapper: default: the one that INPUT.MAPPER names.
+        mapper: default: the one that INPUT.MAPPER names. If it has a method ``batch_key``, mapped
+            images share a batch where that gives equal keys, whatever their aspect ratio.
 
     Raises:
         ValueError: if the data are empty or malformed, naming data set and file, or if a key of
@@ -195,8 +197,16 @@ def build_train_loader(
             f"SOLVER.IMS_PER_BATCH is {total}, which is not a positive multiple of the {world} "
             "processes."
         )
+
+    def build(sampler):
+        return build_detection_train_loader(sampler=sampler, **arguments)
+
+    key = getattr(mapper, "batch_key", None)
+    if key is not None:
+        # single images are mapped, and only then is known which of them may share a batch
+        arguments.update(total_batch_size=world, aspect_ratio_grouping=False)
     return ResumableTrainLoader(
-        lambda sampler: build_detection_train_loader(sampler=sampler, **arguments),
+        build if key is None else lambda x: GroupedBatches(build(x), total // world, key),
         sampler,
         images_per_batch=total // world,
         num_images=len(robust),
