@@ -3,12 +3,17 @@
 from .actions import STUDENT_ACTIONS, Action
 from .config import add_morph_resnet_config, add_search_config
 from .evolve import StudentMorphism
+from . import elastic_heads, elastic_resnet  # noqa: F401  (they register themselves)
+from .config import add_morph_resnet_config
+from .elastic_config import add_elastic_resnet_config
 from .morph_resnet import MorphResNet
 from .presets import PRESETS, resolve
 from .score import StudentScore
 from .space import Architecture, Block, Stream, parse
 from .sparsity import BNSparsity, add_bnsparsity_config
 from .surgery import select_channels
+from .subnet import Subnet, SubnetSpace
+from .supernet import Supernet
 
 __all__ = [
     "Action",
@@ -22,6 +27,10 @@ __all__ = [
     "StudentMorphism",
     "StudentScore",
     "add_bnsparsity_config",
+    "Subnet",
+    "SubnetSpace",
+    "Supernet",
+    "add_elastic_resnet_config",
     "add_morph_resnet_config",
     "add_search_config",
     "parse",
