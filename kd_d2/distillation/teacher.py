@@ -156,17 +156,22 @@ class DetectorTeacher(Teacher):
                 f"the teacher's INPUT.FORMAT '{input_format}' cannot be made from the student's "
                 f"'{student_format}'"
             )
-        self.model = freeze(model)
-        if fuse_bn:
-            logger.info(f"Teacher: {fuse_norms(model)} batch norms are part of their convs")
-        if channels_last:
-            model.to(memory_format=torch.channels_last)
-        self.tap = build_tap(model)
-        self.keys = self.tap.keys(model)
+        self._fuse_bn, self._channels_last = fuse_bn, channels_last
+        self._hold(model)
         self.cfg = cfg
         self._classes = classes
         self._flip_channels = input_format != student_format
         self._description = description
+
+    def _hold(self, model: nn.Module) -> None:
+        """Let ``model`` be the teacher's network from now on; it is frozen."""
+        self.model = freeze(model)
+        if self._fuse_bn:
+            logger.info(f"Teacher: {fuse_norms(model)} batch norms are part of their convs")
+        if self._channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.tap = build_tap(model)
+        self.keys = self.tap.keys(model)
 
     @classmethod
     def from_config(cls, cfg):

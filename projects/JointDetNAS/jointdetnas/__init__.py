@@ -5,6 +5,8 @@ from .config import add_morph_resnet_config, add_search_config
 from .evolve import StudentMorphism
 from . import elastic_heads, elastic_resnet  # noqa: F401  (they register themselves)
 from .config import add_morph_resnet_config
+from .distiller import JointDetNAS
+from .distiller_config import add_jointdetnas_config
 from .elastic_config import add_elastic_resnet_config
 from .morph_resnet import MorphResNet
 from .presets import PRESETS, resolve
@@ -14,12 +16,15 @@ from .sparsity import BNSparsity, add_bnsparsity_config
 from .surgery import select_channels
 from .subnet import Subnet, SubnetSpace
 from .supernet import Supernet
+from .teacher import ElasticTeacher
 
 __all__ = [
     "Action",
     "Architecture",
     "BNSparsity",
     "Block",
+    "ElasticTeacher",
+    "JointDetNAS",
     "MorphResNet",
     "PRESETS",
     "STUDENT_ACTIONS",
@@ -31,6 +36,7 @@ __all__ = [
     "SubnetSpace",
     "Supernet",
     "add_elastic_resnet_config",
+    "add_jointdetnas_config",
     "add_morph_resnet_config",
     "add_search_config",
     "parse",

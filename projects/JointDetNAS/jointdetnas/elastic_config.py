@@ -1,4 +1,4 @@
-"""Configuration of the elastic teacher pool: ``MODEL.ELASTIC_RESNET``."""
+"""Configuration of the elastic teacher pool: ``MODEL.ELASTIC_RESNET``, ``KD.TEACHER.ELASTIC``."""
 
 from typing import Tuple
 
@@ -13,7 +13,8 @@ __all__ = ["add_elastic_resnet_config", "pool_of"]
 
 @CONFIG_NODES.register()
 def add_elastic_resnet_config(cfg: CN) -> None:
-    """Add ``MODEL.ELASTIC_RESNET``, read by ``build_elastic_resnet_fpn_backbone``.
+    """Add ``MODEL.ELASTIC_RESNET``, read by ``build_elastic_resnet_fpn_backbone``, and
+    ``KD.TEACHER.ELASTIC``.
 
     The standard widths are Detectron2's own keys: ``MODEL.RESNETS.STEM_OUT_CHANNELS``,
     ``WIDTH_PER_GROUP``, ``RES2_OUT_CHANNELS`` and ``MODEL.FPN.OUT_CHANNELS``.
@@ -43,6 +44,14 @@ def add_elastic_resnet_config(cfg: CN) -> None:
     node.RECALIBRATION.IMAGES = 8
     # Seed of the choice of these images.
     node.RECALIBRATION.SEED = 0
+
+    # Of KD.TEACHER.TYPE "ElasticTeacher"; KD.TEACHER.CONFIG_FILE and WEIGHTS are the supernet's.
+    cfg.KD.TEACHER.ELASTIC = teacher = CN()
+    # The subnet that teaches: a code, "largest" or "smallest" of the pool's config.
+    teacher.SUBNET = "largest"
+    # Folder in which recalibrated subnets are kept as <code>/config.yaml and model.pth, so that
+    # each is made once; empty: none are kept.
+    teacher.STORE = ""
 
 
 def pool_of(cfg: CN) -> Tuple[Geometry, SubnetSpace]:

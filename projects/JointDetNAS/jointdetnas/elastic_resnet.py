@@ -4,8 +4,9 @@ Module names are Detectron2's, and the weights of a subnet are leading slices of
 the first blocks of each stage.
 """
 
+from dataclasses import asdict
 from functools import partial
-from typing import Callable, Dict, Sequence, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Union
 
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, ResNet
@@ -97,6 +98,22 @@ class ElasticResNet(ResNet):
             # Detectron2's forward iterates over the list
             self.stages[index] = _Stage(*getattr(self, name))
             setattr(self, name, self.stages[index])
+
+    # ------------------------------------------------------ see kd_d2.checkpoint.architecture
+    def architecture_entry(self, model: nn.Module) -> Dict[str, Any]:
+        """The entry ``arch`` of the supernet's checkpoints."""
+        numbers = asdict(self.geometry)
+        return {"pool": {**numbers, "depths": list(numbers["depths"])}}
+
+    def check_architecture(self, model: nn.Module, entry: Optional[Mapping[str, Any]]) -> None:
+        """Compare the entry of a checkpoint with this supernet.
+
+        Raises:
+            ValueError: they differ, or the file holds another network.
+        """
+        ours = self.architecture_entry(model)
+        if entry is not None and dict(entry) != ours:
+            raise ValueError(f"it holds {dict(entry)}, MODEL.ELASTIC_RESNET describes {ours}")
 
     def set_active(self, subnet: Subnet) -> None:
         """Run with the depths and widths of ``subnet`` from now on."""

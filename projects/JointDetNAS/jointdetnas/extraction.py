@@ -13,6 +13,7 @@ from kd_d2.config import get_cfg
 from kd_d2.data import NamingMapper, at_resolution
 
 from .elastic_config import pool_of
+from .presets import config_text
 from .subnet import Subnet
 
 __all__ = [
@@ -55,7 +56,7 @@ def subnet_config(cfg: CfgNode, subnet: Subnet) -> CfgNode:
     model.WEIGHTS = ""
     model.ELASTIC_RESNET = defaults.MODEL.ELASTIC_RESNET
     model.BACKBONE.NAME = "build_morph_resnet_fpn_backbone"
-    model.MORPH_RESNET.ENCODING = str(geometry.architecture(subnet))
+    model.MORPH_RESNET.ENCODING = config_text(geometry.architecture(subnet))
     model.RESNETS.STEM_OUT_CHANNELS = geometry.stem_channels(subnet.stem)
     model.RESNETS.NORM = "BN"
     model.FPN.OUT_CHANNELS = geometry.neck_channels(subnet.neck)
