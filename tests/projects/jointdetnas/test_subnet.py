@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from kd_d2.projects.jointdetnas.cost import backbone_cost, total
 from kd_d2.projects.jointdetnas.elastic_config import pool_of
 from kd_d2.projects.jointdetnas.presets import PRESETS
 from kd_d2.projects.jointdetnas.space import parse
@@ -150,3 +151,14 @@ def test_standard_widths_must_have_quarters(key):
 def test_subnets_outside_the_supernet_are_refused(code):
     with pytest.raises(ValueError, match=code):
         Geometry().architecture(Subnet.parse(code))
+
+
+@pytest.mark.parametrize(
+    "corner, parameters, gmacs", [("largest", 95.5, 373.6), ("smallest", 13.95, 50.0)]
+)
+def test_capacity_of_the_pool(corner, parameters, gmacs):
+    """Bottom-up network at 1333x800; the axis of Fig. 5 ends there, too."""
+    architecture = Geometry().architecture(getattr(space(2), corner))
+    cost = total(backbone_cost(architecture, (1333, 800)))
+    assert cost.parameters / 1e6 == pytest.approx(parameters, abs=0.05)
+    assert cost.macs / 1e9 == pytest.approx(gmacs, abs=0.05)
