@@ -19,7 +19,11 @@ from kd_d2.data import (
     dataset_classes,
 )
 from kd_d2.data import digit_scenes as module
-from kd_d2.data import digit_scenes_paths, register_all, scenes
+from kd_d2.data import (
+    digit_scenes_paths,
+    register_all,
+    scenes,
+)
 
 SMALL = dict(num_train=6, num_val=3, image_size=64, digit_size=(16, 40), seed=5)
 # sha256 of the JSON files and of all files with the parameters SMALL.

@@ -1,21 +1,20 @@
 """Joint-DetNAS: search, pruning and distillation of a detector in one loop (arXiv 2105.12971)."""
 
+from . import elastic_heads, elastic_resnet  # noqa: F401  (they register themselves)
 from .actions import STUDENT_ACTIONS, Action
 from .config import add_morph_resnet_config, add_search_config
-from .evolve import StudentMorphism
-from . import elastic_heads, elastic_resnet  # noqa: F401  (they register themselves)
-from .config import add_morph_resnet_config
 from .distiller import JointDetNAS
 from .distiller_config import add_jointdetnas_config
 from .elastic_config import add_elastic_resnet_config
+from .evolve import StudentMorphism
 from .morph_resnet import MorphResNet
 from .presets import PRESETS, resolve
 from .score import StudentScore
 from .space import Architecture, Block, Stream, parse
 from .sparsity import BNSparsity, add_bnsparsity_config
-from .surgery import select_channels
 from .subnet import Subnet, SubnetSpace
 from .supernet import Supernet
+from .surgery import select_channels
 from .teacher import ElasticTeacher
 
 __all__ = [
@@ -31,10 +30,10 @@ __all__ = [
     "Stream",
     "StudentMorphism",
     "StudentScore",
-    "add_bnsparsity_config",
     "Subnet",
     "SubnetSpace",
     "Supernet",
+    "add_bnsparsity_config",
     "add_elastic_resnet_config",
     "add_jointdetnas_config",
     "add_morph_resnet_config",
