@@ -23,6 +23,7 @@ from PIL import Image
 from torch import nn
 
 from kd_d2.config import get_cfg
+from kd_d2.data import register_all
 from kd_d2.distillation import DetectorTeacher, KeyInfo, build_teacher
 from kd_d2.engine.main import import_components
 
@@ -298,6 +299,7 @@ def untrained_teacher_keys(cfg: CfgNode) -> Dict[str, KeyInfo]:
         cfg.defrost()
         cfg.MODEL.DEVICE, cfg.KD.TEACHER.WEIGHTS = "cpu", ""
         cfg.KD.TEACHER.ALLOW_UNTRAINED = True
+        register_all(cfg)  # the classes; no file is read
         _TEACHER_KEYS[facts] = build_teacher(cfg).keys
     return _TEACHER_KEYS[facts]
 
