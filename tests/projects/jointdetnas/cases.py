@@ -68,6 +68,8 @@ def randomise_norms(model: nn.Module, seed: int = 0) -> None:
             module.bias.copy_(uniform(module.bias, -0.3, 0.3))
             module.running_mean.copy_(uniform(module.bias, -0.2, 0.2))
             module.running_var.copy_(uniform(module.bias, 0.5, 1.5))
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            module.bias.copy_(uniform(module.bias, -0.3, 0.3))  # zero when initialised
 
 
 def bottom_up(model: nn.Module) -> MorphResNet:

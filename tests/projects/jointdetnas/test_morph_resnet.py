@@ -355,3 +355,13 @@ def test_pyramid_is_found():
         morph_options("x")["MODEL.FPN.OUT_CHANNELS"]
         == bottom_up(model).architecture_entry(model)["fpn"]
     )
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_finite_and_close_under_autocast(name):
+    model = student(ALL[name])
+    exact = pyramid(model, images())
+    with torch.autocast("cpu", torch.bfloat16):
+        half = pyramid(model, images())
+    assert all(torch.isfinite(v).all() for v in half.values())
+    assert relative_difference(exact, {k: v.float() for k, v in half.items()}) < 0.1
