@@ -1,7 +1,7 @@
 """The score H of a student: AP against complexity and resolution (Sec. 3.1.4)."""
 
 import math
-from typing import Any, Dict, Mapping, NamedTuple
+from typing import Any, Dict, Mapping, NamedTuple, Optional
 
 from detectron2.config import configurable
 
@@ -12,9 +12,10 @@ from .space import Architecture
 
 __all__ = ["Best", "StudentScore", "score"]
 
+# Value of SEARCH.SCORE.COST -> cost by module; the options are those of detector_cost.
 _COSTS = {
-    "backbone": lambda architecture, size: total(backbone_cost(architecture, size)).macs,
-    "detector": lambda architecture, size: total(detector_cost(architecture, size)).macs,
+    "backbone": lambda architecture, size, options: backbone_cost(architecture, size),
+    "detector": lambda architecture, size, options: detector_cost(architecture, size, **options),
 }
 
 
@@ -54,7 +55,14 @@ class StudentScore:
 
     @configurable
     def __init__(
-        self, *, base: Architecture, base_size: Size, alpha: float, beta: float, cost: str
+        self,
+        *,
+        base: Architecture,
+        base_size: Size,
+        alpha: float,
+        beta: float,
+        cost: str,
+        detector: Optional[Mapping[str, Any]] = None,
     ):
         """
         Args:
@@ -63,6 +71,7 @@ class StudentScore:
                 with.
             alpha, beta: exponents.
             cost: "backbone" or "detector".
+            detector: options of :func:`detector_cost` that are not the paper's.
 
         Raises:
             ValueError: unknown cost, or exponents or sizes that make no sense.
@@ -76,22 +85,31 @@ class StudentScore:
             raise ValueError(f"SEARCH.SCORE.BASE_SIZE must be (long, short), got {base_size}")
         self.base_size = (int(base_size[0]), int(base_size[1]))
         self.alpha, self.beta = alpha, beta
+        self._detector = dict(detector or {})
         self._base_cost = self.cost(base)
 
     @classmethod
     def from_config(cls, cfg, base: Architecture) -> Dict[str, Any]:
-        node = cfg.SEARCH.SCORE
+        node, anchors = cfg.SEARCH.SCORE, cfg.MODEL.ANCHOR_GENERATOR
         return {
             "base": base,
             "base_size": tuple(node.BASE_SIZE),
             "alpha": node.ALPHA,
             "beta": node.BETA,
             "cost": node.COST,
+            "detector": {
+                "fpn": cfg.MODEL.FPN.OUT_CHANNELS,
+                "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+                "num_anchors": len(anchors.SIZES[0]) * len(anchors.ASPECT_RATIOS[0]),
+                "pooler": cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION,
+                "fc_dims": [cfg.MODEL.ROI_BOX_HEAD.FC_DIM] * cfg.MODEL.ROI_BOX_HEAD.NUM_FC,
+                "num_proposals": cfg.MODEL.RPN.POST_NMS_TOPK_TEST,
+            },
         }
 
     def cost(self, architecture: Architecture) -> int:
         """Multiply-adds C at the base resolution."""
-        return self._cost(architecture, self.base_size)
+        return total(self._cost(architecture, self.base_size, self._detector)).macs
 
     def __call__(self, architecture: Architecture, size: Size, ap: float) -> float:
         """H at one resolution (width, height)."""

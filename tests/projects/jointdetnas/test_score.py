@@ -68,9 +68,23 @@ def test_from_config():
     measure = StudentScore(cfg, resolve("r50"))
     assert measure(arch, size, 42.3) == pytest.approx(51.582, abs=3e-3)
     cfg.SEARCH.SCORE.COST = "detector"
+    cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.ROI_HEADS.NUM_CLASSES = 256, 80
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
+    cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[0.5, 1.0, 2.0]]
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION, cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 7, 1024
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 1000
     whole = StudentScore(cfg, resolve("r50"))
     ratio = 193.950787222 / 215.052399872  # GMAC of both detectors at 1333x800
     assert whole(arch, size, 42.3) == pytest.approx(42.3 * (ratio * 0.72918**0.8) ** -0.4, rel=1e-5)
+    # the detector is that of the config
+    for key, value in (
+        *(("FPN.OUT_CHANNELS", 128), ("ROI_HEADS.NUM_CLASSES", 2000)),
+        *(("ROI_BOX_HEAD.FC_DIM", 256), ("ROI_BOX_HEAD.NUM_FC", 1)),
+        *(("ROI_BOX_HEAD.POOLER_RESOLUTION", 14), ("RPN.POST_NMS_TOPK_TEST", 10)),
+    ):
+        other = cfg.clone()
+        other.merge_from_list([f"MODEL.{key}", value])
+        assert StudentScore(other, resolve("r50")).cost(arch) != whole.cost(arch), key
     cfg.SEARCH.SCORE.ALPHA, cfg.SEARCH.SCORE.BETA = 0.1, 0.5
     cfg.SEARCH.SCORE.BASE_SIZE = (1080, 720)
     other = StudentScore(cfg, resolve("r50"))
