@@ -11,9 +11,9 @@ __all__ = ["add_jointdetnas_config"]
 def add_jointdetnas_config(cfg: CN) -> None:
     """Add ``KD.JOINTDETNAS``. "Paper" is the Joint-DetNAS paper, "ours" where it is silent."""
     cfg.KD.JOINTDETNAS = node = CN()
+    node.FEAT = CN()
     # Weight of L_feat (Sec. 3.2.1), features of RoIs. Paper: the terms have no coefficients. 0.0:
     # off, here and below.
-    node.FEAT = CN()
     node.FEAT.WEIGHT = 1.0
     # RoIs that it compares: "positive" (foreground) or "all" sampled ones. Ours: the paper
     # presents the term as attention to the foreground, and divides by its positive points.
@@ -22,12 +22,13 @@ def add_jointdetnas_config(cfg: CN) -> None:
     # teacher the leading ones are compared. 0: the width of the teacher at hand. Ours: the
     # paper's pool has pyramids of up to 384 channels, its adapter 256.
     node.FEAT.ADAPTER_CHANNELS = 384
-    # Weight of L_cls (Sec. 3.2.2), the soft cross entropy.
     node.CLS = CN()
+    # Weight of L_cls (Sec. 3.2.2), the soft cross entropy.
     node.CLS.WEIGHT = 1.0
-    # Weight of L_reg (Sec. 3.2.2), and its form: "class_aware" (the method) or "gt_class", deltas
-    # of the labelled class of positive RoIs (Table 12, "original").
     node.REG = CN()
+    # Weight of L_reg (Sec. 3.2.2).
     node.REG.WEIGHT = 1.0
+    # Its form: "class_aware" (the method), or "gt_class", deltas of the labelled class of positive
+    # RoIs (Table 12, "original").
     node.REG.MODE = "class_aware"
     add_schedule_config(node)

@@ -37,10 +37,11 @@ def add_elastic_resnet_config(cfg: CN) -> None:
     node.SORT_KEEP_WIDTHS = ()
     # Subnets that train_pool.py evaluates: codes, "largest" and "smallest" of the phase.
     node.EVAL_SUBNETS = ("largest", "smallest")
-    # Batch norm statistics of a subnet are estimated anew on so many batches of so many training
-    # images, one of INPUT.RESOLUTIONS a batch, in turn. Ours: the paper says "a batch of images".
     node.RECALIBRATION = CN()
+    # Batch norm statistics of a subnet are estimated anew on so many batches of training images,
+    # one of INPUT.RESOLUTIONS a batch, in turn. Ours: the paper says "a batch of images".
     node.RECALIBRATION.BATCHES = 8
+    # Images of such a batch. Ours.
     node.RECALIBRATION.IMAGES = 8
     # Seed of the choice of these images.
     node.RECALIBRATION.SEED = 0

@@ -11,7 +11,8 @@ from torch import nn
 
 from kd_d2.engine import main as engine_main
 from kd_d2.projects.jointdetnas.elastic_config import pool_of
-from kd_d2.projects.jointdetnas.subnet import iteration_generator
+from kd_d2.projects.jointdetnas.extraction import CalibrationBatches, extract, recalibrate
+from kd_d2.projects.jointdetnas.subnet import Subnet, iteration_generator
 from tests.distributed.test_two_processes import assert_close
 from tests.engine import support
 from tests.fixtures import CLASSES, registered_toy_dataset
@@ -216,6 +217,10 @@ def test_extracted_subnet_is_what_evaluation_saw(pool, tmp_path):
     data = torch.load(path, weights_only=True)
     assert data["run_info"]["classes"] == list(CLASSES) and data["pool"]["subnet"] == SMALLEST
     assert data["arch"]["encoding"] == "[(8,8,32)],[(16,16,64)],[(32,32,128)],[(64,64,256)]"
+    cfg, net = supernet()
+    cfg, reference = extract(pool_cfg(*pool), net.model, Subnet.parse(SMALLEST))
+    recalibrate(reference, CalibrationBatches(pool_cfg(*pool)))
+    support.assert_same_state(dict(data["model"]), dict(reference.state_dict()))
     ordinary = engine_main.prepare(
         script()
         .parser()
