@@ -34,6 +34,11 @@ def prefix(term):
     return f"loss_kd/dicod/{term}"
 
 
+def kd(losses):
+    """The distillation losses among those of a step."""
+    return {k: v for k, v in losses.items() if k.startswith("loss_kd/")}
+
+
 def batch_for(student, **kwargs):
     """A batch; SSD takes squares only, of others the second image is padded."""
     return tiny_batch(**({"sizes": ((128, 128),)} if student == "SSD" else {}), **kwargs)

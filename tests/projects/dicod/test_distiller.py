@@ -1,25 +1,20 @@
 """DICOD on whole detectors: values of a naive loop, gradients, empty batches, both networks."""
 
 import copy
-import logging
 
 import pytest
 import torch
 from detectron2.structures import Boxes, pairwise_iou
 from torch.nn import functional as F
 
-from kd_d2.engine.resume import settle_scripted_losses
 from kd_d2.projects.dicod.kd_cls import CLS_MODES
-from kd_d2.projects.dicod.teacher_check import TeacherCheck
-from tests.fixtures import DENSE, TWO_STAGE, tiny_batch, tiny_model
+from tests.fixtures import DENSE, TWO_STAGE, tiny_batch
 from tests.projects.dicod.detectors import (
     TERMS,
     batch_for,
-    classifier,
-    classifier_teacher,
     context_of,
     detector,
-    gradients,
+    kd,
     only,
     prefix,
     step,
@@ -28,10 +23,6 @@ from tests.projects.dicod.detectors import (
 STUDENTS = ("SSD", "RetinaNet", "GeneralizedRCNN")
 ALL_STUDENTS = ("SSD", *DENSE, *TWO_STAGE)
 every_kind = pytest.mark.parametrize("student", STUDENTS)
-
-
-def kd(losses):
-    return {k: v for k, v in losses.items() if k.startswith("loss_kd/")}
 
 
 # --------------------------------------------------------------------------------- every student
@@ -268,238 +259,6 @@ def test_two_step_normalisation_is_the_native_one():
         crops = ctx.images[:, :, 20:52, 10:42]
         values.append(model.teacher.logits(crops))
     torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------------- gradients
-@every_kind
-@pytest.mark.parametrize("term", TERMS)
-def test_where_the_gradient_of_a_term_arrives(student, term):
-    model = detector(student, **only(term))
-    losses, _ = step(model, batch_for(student))
-    losses[prefix(term)].backward()
-    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    ends = {"cls_score"} if term == "cls" else {"bbox_pred"}
-    heads = {n.split(".")[-3 if student == "SSD" else -2] for n in reached}
-    assert heads & {"cls_score", "bbox_pred"} == ends
-    assert any(".backbone." in name for name in reached)
-    assert not any("proposal_generator" in name for name in reached)
-    if student == "RetinaNet":
-        tower = {"cls": "cls_subnet", "loc_obj": "bbox_subnet", "loc_feat": "bbox_subnet"}[term]
-        assert {n.split(".")[2] for n in reached if "_subnet" in n} == {tower}
-    assert all(p.grad is None for p in model.teacher.model.parameters())
-
-
-QR = {
-    # every layer of the backbone a quarter as wide
-    "MODEL.RESNETS.DEPTH": 50,
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 16,
-    "MODEL.RESNETS.WIDTH_PER_GROUP": 16,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-    "MODEL.ROI_HEADS.NUM_CLASSES": 10,
-}
-
-
-def test_quartered_resnet_and_the_rows_of_two_classes():
-    """Objects of classes 3 and 7: of the box regression by class, their rows alone learn."""
-    names = [f"class {i}" for i in range(10)]
-    cfg_keys = only("loc_obj", "loc_feat")
-    model = detector(
-        "GeneralizedRCNN",
-        model_keys=QR,
-        teacher=classifier_teacher(_cfg_of(QR), classes=names),
-        **cfg_keys,
-    )
-    batch = tiny_batch(num_gt=(1, 1), num_classes=10)
-    for x, label in zip(batch, (3, 7)):
-        x["instances"].gt_classes[:] = label
-    with torch.no_grad():  # boxes near the proposals, of which none leaves the image
-        model.student.roi_heads.box_predictor.bbox_pred.weight.mul_(1e-3)
-    losses, _ = step(model, batch)
-    assert set(kd(losses)) == {prefix("loc_obj"), prefix("loc_feat")}
-    sum(kd(losses).values()).backward()
-    rows = model.student.roi_heads.box_predictor.bbox_pred.weight.grad.view(10, 4, -1)
-    reached = rows.abs().sum(dim=(1, 2)).nonzero().flatten().tolist()
-    assert reached == [3, 7]
-    assert model.student.roi_heads.box_predictor.cls_score.weight.grad is None
-    assert model.student.backbone.fpn_lateral3.weight.grad.abs().sum() > 0
-    assert model.student.backbone.bottom_up.res2[0].conv1.weight.grad.abs().sum() > 0
-    rpn = model.student.proposal_generator.parameters()
-    assert all(p.grad is None or not p.grad.any() for p in rpn)
-
-
-def test_targets_follow_the_class_of_each_proposal():
-    """The classifier's logits of a foreground proposal are those of its object's crop."""
-    model = detector("GeneralizedRCNN", **only("cls"))
-    batch = batch_for("GeneralizedRCNN", num_gt=(4, 3))
-    ctx = context_of(model, batch)
-    found = model.distillers["dicod"].positives(ctx)
-    # a classifier that knows the objects by their number: object k has the logits (k, 0, 0)
-    model.teacher.logits = lambda crops: F.pad(torch.arange(len(crops)).float()[:, None], (0, 2))
-    given = []
-    mode = model.distillers["dicod"].mode
-    model.distillers["dicod"].mode = lambda s, t: given.append(t) or mode(s, t)
-    step(model, batch)
-    numbers = given[0][:, 0].long()
-    classes = torch.cat([x["instances"].gt_classes for x in batch])
-    proposals = ctx.student["proposals"]
-    labels = torch.cat([p.gt_classes[p.gt_classes < 3] for p in proposals])
-    assert torch.equal(classes[numbers], labels) and torch.equal(numbers, found.gt_index)
-    assert len(set(numbers.tolist())) == 7
-
-
-@pytest.mark.parametrize("student", ["SSD", "RetinaNet"])
-def test_gradient_of_a_delta_is_that_of_finite_differences(student):
-    """Through decoding, crop and stem: one bias of the box regression, in double precision."""
-    model = detector(student, **only("loc_obj", "loc_feat")).double()
-    model.teacher = classifier_teacher(_cfg_of({}, student), model=classifier().double())
-    for name in ("_scale", "_shift"):
-        setattr(model.teacher, name, getattr(model.teacher, name).double())
-    heads = [m for n, m in model.student.named_modules() if "bbox_pred" in n and hasattr(m, "bias")]
-    bias = heads[-1 if student != "SSD" else 1].bias
-    batch = batch_for(student)
-
-    def value():
-        return sum(kd(step(model, batch)[0]).values())
-
-    (gradient,) = torch.autograd.grad(value(), bias)
-    k = gradient.abs().argmax()
-    change = 1e-4
-    with torch.no_grad():
-        values = []
-        for sign in (1, -1):
-            bias[k] += sign * change
-            with torch.enable_grad():
-                values.append(value().item())
-            bias[k] -= sign * change
-    assert abs(gradient[k]) > 1e-3
-    # boxes are fp32: Detectron2's codec casts them
-    assert gradient[k].item() == pytest.approx((values[0] - values[1]) / 2e-4, rel=0.05)
-
-
-def _cfg_of(keys, student="GeneralizedRCNN"):
-    from tests.fixtures import tiny_cfg
-
-    return tiny_cfg(student, **keys)
-
-
-@pytest.mark.parametrize(
-    "student, how",
-    [*((student, "weights") for student in STUDENTS), ("SSD", "schedule")],
-)
-def test_without_weight_the_student_trains_plainly(student, how):
-    keys = {"KD.DICOD.SCHEDULE.START_ITER": 5, "SOLVER.MAX_ITER": 9} if how == "schedule" else {}
-    model, batch = detector(student, **keys), batch_for(student)
-    distiller = model.distillers["dicod"]
-    if how == "weights":
-        distiller.weights = dict.fromkeys(distiller.weights, 0.0)
-    else:
-        model.teacher.logits = model.teacher.features = None
-    plain = tiny_model(student, seed=1)
-    settle_scripted_losses(plain)
-    expected, _ = step(plain, batch)
-    sum(expected.values()).backward()
-    losses, _ = step(model, batch)
-    sum(losses.values()).backward()
-    assert list(kd(losses).values()) == [0.0] * 3
-    for name, value in expected.items():
-        assert torch.equal(losses[name], value), name
-    found = gradients(model.student)
-    for name, gradient in gradients(plain).items():
-        assert torch.equal(found[name], gradient), name
-
-
-# ---------------------------------------------------------------------------------- odd batches
-@pytest.mark.parametrize("student", ALL_STUDENTS)
-def test_a_batch_without_objects(student):
-    model = detector(student)
-    model.teacher.logits = model.teacher.features = None  # not called
-    losses, storage = step(model, batch_for(student, num_gt=0))
-    assert set(kd(losses)) == {prefix(term) for term in TERMS}
-    assert all(value == 0 and value.requires_grad for value in kd(losses).values())
-    sum(kd(losses).values()).backward()
-    heads = [p for n, p in model.named_parameters() if "cls_score" in n or "bbox_pred" in n]
-    if student == "Cascade":
-        heads = list(model.student.roi_heads.box_predictor[2].parameters())
-    assert heads and all(p.grad is not None and not p.grad.any() for p in heads)
-    assert storage.latest()["dicod/num_pos"][0] == 0
-    assert "dicod/teacher_top1_on_gt" not in storage.latest()
-
-
-@pytest.mark.parametrize("student", ["SSD", "GeneralizedRCNN", "C4"])
-def test_an_image_without_objects(student):
-    model = detector(student)
-    losses, _ = step(model, batch_for(student, num_gt=(0, 3)))
-    assert all(torch.isfinite(value) and value > 0 for value in kd(losses).values())
-    sum(losses.values()).backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
-def test_the_divisor_counts_images_without_positives():
-    """Losses 1, 2, 3 of three positives in one of two images: 6 / 4, not 6 / 3."""
-    model = detector("SSD", **only("cls"))
-    batch = batch_for("SSD", num_gt=(3, 0))
-    distiller = model.distillers["dicod"]
-    distiller.mode = lambda s, t: s.sum() * 0 + torch.arange(1.0, 1 + len(s))
-    losses, storage = step(model, batch)
-    number = round(2 * storage.latest()["dicod/num_pos"][0])
-    assert losses[prefix("cls")].item() == pytest.approx(
-        0.4 * number * (number + 1) / 2 / (number + 1)
-    )
-
-
-@pytest.mark.parametrize("student", ["RetinaNet", "GeneralizedRCNN"])
-def test_odd_sizes(student):
-    model = detector(student)
-    losses, _ = step(model, tiny_batch(sizes=((97, 131), (65, 33)), num_gt=(2, 1)))
-    assert all(torch.isfinite(value) and value > 0 for value in kd(losses).values())
-    sum(losses.values()).backward()
-
-
-@every_kind
-def test_autocast(student):
-    """Losses are fp32 and finite, and near those in full precision."""
-    full, _ = step(detector(student), batch_for(student))
-    model = detector(student)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses, _ = step(model, batch_for(student))
-    sum(losses.values()).backward()
-    for name, value in kd(losses).items():
-        assert value.dtype == torch.float32 and torch.isfinite(value)
-        assert value.item() == pytest.approx(full[name].item(), rel=0.3)
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
-# ------------------------------------------------------------------------------- the classifier
-@pytest.mark.parametrize(
-    "classes, right, warns",
-    [(10, 0, True), (10, 9, True), (10, 10, False), (10, 50, False), (2, 25, True), (1, 50, False)],
-)
-def test_a_classifier_at_chance(caplog, classes, right, warns):
-    """50 steps with one object each; the bound of ten classes is 5 + 2 * 2.12."""
-    check = TeacherCheck(classes)
-    with caplog.at_level(logging.WARNING):
-        for i in range(49):
-            check(int(i < right), 1)
-        assert not caplog.records
-        check(int(49 < right), 1)
-        found = [r.getMessage() for r in caplog.records]
-        # once only
-        for _ in range(60):
-            check(0, 1)
-    assert len(caplog.records) == len(found) == int(warns)
-    if warns:
-        share = f"{2 * right:.1f}% of 50 crops"
-        assert share in found[0] and f"chance ({100 / classes:.1f}%)" in found[0]
-
-
-def test_the_distiller_looks_at_the_classifiers_first_steps(caplog):
-    model = detector("SSD", **only("cls"))
-    seen = []
-    model.distillers["dicod"]._check = lambda right, total: seen.append((right, total))
-    _, storage = step(model, batch_for("SSD"))
-    assert seen == [(3, 5)] and storage.latest()["dicod/teacher_top1_on_gt"][0] == 60
-    step(model, batch_for("SSD", num_gt=0))
-    assert len(seen) == 1
 
 
 # -------------------------------------------------------------------------------------- modes

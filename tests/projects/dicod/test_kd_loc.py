@@ -251,11 +251,16 @@ def test_no_boxes():
 def test_autocast_changes_nothing(stem):
     images = smooth(96, 96, 3)
     case = (images, SCENE["boxes"], SCENE["gt_boxes"], SCENE["index"])
-    options = {"size": 32, "pools": {"obj": 4, "stem": 4}, "features": stem.features}
+
+    def features(crops, layers):
+        assert not torch.is_autocast_enabled("cpu") and crops.dtype == torch.float32
+        return stem.features(crops, layers)
+
+    options = {"size": 32, "pools": {"obj": 4, "stem": 4}, "features": features}
     exact = losses_of(*case, **options)
     crops = crop_boxes(images, SCENE["gt_boxes"], 32, [(96, 96)] * 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        targets = target_views(crops, options["pools"], 256, stem.features)
+        targets = target_views(crops, options["pools"], 256, features)
     for chunk in (256, 2):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = localisation_loss(
