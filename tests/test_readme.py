@@ -214,6 +214,8 @@ def test_block_of_your_own(pair):
 
 def test_method_of_your_own(pair):
     """The distiller of the README trains, from a file beside a config."""
+    from tests.engine.support import isolated_registries
+
     (code,) = [b for b in blocks(ROOT / "README.md", "python") if "DISTILLER_REGISTRY" in b]
     (pair / "my_method.py").write_text(code)
     (pair / "my_config.yaml").write_text(
@@ -221,7 +223,8 @@ def test_method_of_your_own(pair):
         '  IMPORTS: ("my_method.py",)\n  TEACHER:\n    CONFIG_FILE: "my_teacher.yaml"\n'
         '    WEIGHTS: "teacher/model_final.pth"\n'
     )
-    model, losses, _ = one_step(pair / "my_config.yaml")
+    with isolated_registries():
+        model, losses, _ = one_step(pair / "my_config.yaml")
     assert losses["loss_kd/attention/map"] > 0
     assert reaches_the_backbone(model, losses["loss_kd/attention/map"])
 
