@@ -85,12 +85,6 @@ def train(folder, name, output="output", stop_at=None, resume=False, hooks=(), *
     return support.train(cfg, script().PoolTrainer, resume, [*hooks, *stop])
 
 
-@pytest.fixture(autouse=True)
-def no_environment_report(monkeypatch):
-    """Collecting it takes seconds."""
-    monkeypatch.setattr("detectron2.engine.defaults.collect_env_info", lambda: "environment")
-
-
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pool")
