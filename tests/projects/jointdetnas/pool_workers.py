@@ -51,6 +51,26 @@ def trained(folder, output, **changes):
     }
 
 
+def taught(folder):
+    """Pyramid of a stored subnet of the pool, which one process makes and both read."""
+    from kd_d2.distillation import build_teacher
+    from kd_d2.projects.jointdetnas import teacher as module
+    from tests.projects.jointdetnas.test_train_pool import SMALLEST, pool_cfg
+
+    made, recalibrate = [], module.recalibrate
+    module.recalibrate = lambda *args: made.append(1) or recalibrate(*args)
+    cfg = pool_cfg(folder, (folder / "name.txt").read_text())
+    cfg.KD.TEACHER.TYPE = "ElasticTeacher"
+    cfg.KD.TEACHER.ELASTIC.SUBNET = SMALLEST
+    cfg.KD.TEACHER.ELASTIC.STORE = str(folder / "teachers")
+    try:
+        teacher = build_teacher(cfg)
+    finally:
+        module.recalibrate = recalibrate
+    with torch.no_grad():
+        return teacher.model.backbone(torch.ones(1, 3, 64, 64))["p3"], len(made)
+
+
 def work(folder):
     rank = dist.get_rank()
     torch.set_num_threads(1)
@@ -59,6 +79,7 @@ def work(folder):
     results = {
         "equal": normalised(images(rank)),
         "unequal": normalised(images(rank, (6, 8 - 3 * rank))),
+        "taught": taught(folder),
         "whole": trained(folder, "whole", evaluate=True, **sync),
     }
     trained(folder, "parts", stop_at=3, **sync)

@@ -341,3 +341,10 @@ def test_both_evaluate_the_same_subnets(ranks):
     assert set(first["whole"]["results"]) == {"largest", "smallest"}
     aps = first["whole"]["results"]["smallest"]["bbox"]
     assert "AP" in aps
+
+
+@pytest.mark.distributed
+def test_a_stored_teacher_is_made_once_for_both(ranks):
+    (ours, made), (theirs, again) = (rank["taught"] for rank in ranks[:2])
+    assert (made, again) == (1, 0) and torch.equal(ours, theirs)
+    assert (ranks[2] / "teachers" / SMALLEST / "model.pth").is_file()
