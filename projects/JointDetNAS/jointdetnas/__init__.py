@@ -10,6 +10,7 @@ from .evolve import StudentMorphism
 from .morph_resnet import MorphResNet
 from .presets import PRESETS, resolve
 from .score import StudentScore
+from .search import add_hill_climbing_config
 from .space import Architecture, Block, Stream, parse
 from .sparsity import BNSparsity, add_bnsparsity_config
 from .subnet import Subnet, SubnetSpace
@@ -35,6 +36,7 @@ __all__ = [
     "Supernet",
     "add_bnsparsity_config",
     "add_elastic_resnet_config",
+    "add_hill_climbing_config",
     "add_jointdetnas_config",
     "add_morph_resnet_config",
     "add_search_config",
