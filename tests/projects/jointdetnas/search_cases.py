@@ -9,8 +9,9 @@ from typing import Any, Callable, List, Sequence
 from kd_d2.projects.jointdetnas import Architecture, StudentMorphism, SubnetSpace, parse
 from kd_d2.projects.jointdetnas.search.course import Course
 from kd_d2.projects.jointdetnas.search.journal import Journal
+from kd_d2.projects.jointdetnas.search.methods import HillClimbing
 from kd_d2.projects.jointdetnas.search.mutation import TeacherMutation
-from kd_d2.projects.jointdetnas.search.proposals import HillClimbing, Proposal
+from kd_d2.projects.jointdetnas.search.proposal import Proposal
 from kd_d2.projects.jointdetnas.search.worker import Worker
 from tests.fixtures import tiny_cfg
 from tests.projects.jointdetnas.cases import BOTTLENECK, STEM

@@ -6,18 +6,19 @@ from collections import Counter
 import pytest
 
 from kd_d2.projects.jointdetnas import Action, Subnet, SubnetSpace, parse
-from kd_d2.projects.jointdetnas.search.mutation import TeacherMutation
-from kd_d2.projects.jointdetnas.search.proposals import (
-    Outcome,
+from kd_d2.projects.jointdetnas.search.methods import (
+    SEARCH_METHODS,
     PoolSampling,
-    Proposal,
     draw_by_rank,
     ranked,
     trial_generator,
 )
+from kd_d2.projects.jointdetnas.search.mutation import TeacherMutation
+from kd_d2.projects.jointdetnas.search.proposal import Outcome, Proposal
 from kd_d2.projects.jointdetnas.subnet import Geometry
 from tests.fixtures import tiny_cfg
 from tests.projects.jointdetnas.cases import STEM
+from tests.projects.jointdetnas.elastic_cases import elastic_cfg
 from tests.projects.jointdetnas.search_cases import ROOT, SPACE, hill_climbing
 
 LARGEST = str(SPACE.largest)
@@ -218,9 +219,6 @@ def test_pool_sampling():
 
 
 def test_from_config():
-    from kd_d2.projects.jointdetnas.search.proposals import SEARCH_METHODS
-    from tests.projects.jointdetnas.elastic_cases import elastic_cfg
-
     cfg = tiny_cfg("GeneralizedRCNN", **{"SEARCH.TOP_K": 3, "SEARCH.SCRIPT": ("Teacher",)})
     pool = elastic_cfg()
     method = SEARCH_METHODS.get("HillClimbing")(cfg, pool)

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional
 from kd_d2.checkpoint import atomic_write
 
 from ..space import Architecture
-from .proposals import Outcome, Proposal
+from .proposal import Outcome, Proposal
 
 __all__ = ["Candidate", "read_json", "write_json"]
 

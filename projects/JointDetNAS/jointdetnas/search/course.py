@@ -4,7 +4,8 @@ from typing import Dict, List, Sequence, Set
 
 from .candidate import Candidate
 from .journal import COMPLETE, Journal, Trial
-from .proposals import Outcome, Proposal, ranked
+from .methods import ranked
+from .proposal import Outcome, Proposal
 
 __all__ = ["Course", "READY", "STOP", "WAIT"]
 

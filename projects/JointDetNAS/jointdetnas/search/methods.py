@@ -1,26 +1,23 @@
-"""What a trial shall evaluate, as a pure function of its number and of earlier results."""
+"""The methods of search: what a trial evaluates, by its number and by earlier results."""
 
 import random
-from dataclasses import asdict, dataclass
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 
-from ..actions import Action
 from ..elastic_config import pool_of
 from ..evolve import StudentMorphism
 from ..extraction import as_subnet
 from ..morph_resnet import config_architecture
-from ..space import Architecture
 from ..subnet import Subnet, SubnetSpace
 from .mutation import TeacherMutation
+from .proposal import BASE, NOTHING, POOL, TEACHER, Outcome, Proposal
+from .students import inherit, take_from_pool
 
 __all__ = [
     "HillClimbing",
-    "Outcome",
     "PoolSampling",
-    "Proposal",
     "SEARCH_METHODS",
     "draw_by_rank",
     "ranked",
@@ -32,60 +29,6 @@ SEARCH_METHODS.__doc__ = """
 Classes named in SEARCH.METHOD, called as ``Name(cfg, pool_cfg)``, pool_cfg being the config of the
 elastic pool, or None. ``propose(number, outcomes)`` returns a :class:`Proposal`.
 """
-
-# Names of what changes besides the student's actions.
-BASE, TEACHER, NOTHING, POOL = "Base", "Teacher", "Nothing", "Pool"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Result of a complete trial, as far as proposals depend on it.
-
-    Args:
-        number: of the trial.
-        score: H.
-        architecture: of its student, with the ages of its blocks after the evaluation.
-        teacher: code of its teacher.
-    """
-
-    number: int
-    score: float
-    architecture: Architecture
-    teacher: str
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """One pair of a student and a teacher to evaluate.
-
-    Args:
-        number: of the trial.
-        change: what differs from the parent: name of a student action, "Teacher", "Nothing" (the
-            training goes on), or "Base" and "Pool", which have no parent.
-        parent: trial whose trained student it starts from; None: there is none.
-        action: of the student, if that changes.
-        teacher: code of a subnet, or ``KD.TEACHER.ELASTIC.SUBNET`` as it is in the config.
-    """
-
-    number: int
-    change: str
-    parent: Optional[int]
-    action: Optional[Action]
-    teacher: str
-
-    def to_dict(self) -> Dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Proposal":
-        action = values["action"] and Action.from_dict(values["action"])
-        return cls(**{**values, "action": action})
-
-    def __str__(self) -> str:
-        if self.parent is None:
-            return f"{self.change} {self.teacher}".strip()
-        what = str(self.action) if self.action else f"{self.change} {self.teacher}".strip()
-        return f"{what}, from trial {self.parent}"
 
 
 def trial_generator(seed: int, number: int) -> random.Random:
@@ -220,6 +163,10 @@ class HillClimbing:
         last = max(outcomes, key=lambda outcome: outcome.number)
         return Proposal(number, NOTHING, last.number, None, last.teacher)
 
+    def make_student(self, cfg, proposal: Proposal, candidate, parent, store: str) -> None:
+        """Write the student that is then trained; see :func:`.students.inherit`."""
+        inherit(cfg, proposal, candidate, parent, store)
+
     def _choose(
         self, number: int, parent: Outcome, actions: List[str], generator: random.Random
     ) -> str:
@@ -259,3 +206,7 @@ class PoolSampling:
         """Return a subnet; what was found before does not matter."""
         code = str(self.space.sample(trial_generator(self.seed, number))) if number else self.first
         return Proposal(number, POOL, None, None, code)
+
+    def make_student(self, cfg, proposal: Proposal, candidate, parent, store: str) -> None:
+        """Write the student, which is not trained; see :func:`.students.take_from_pool`."""
+        take_from_pool(cfg, proposal, candidate)
