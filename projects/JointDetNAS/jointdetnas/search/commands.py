@@ -11,7 +11,7 @@ from .course import Course
 from .file_lock import FileLock
 from .journal import COMPLETE, Journal
 from .methods import SEARCH_METHODS
-from .results import HEADER, best_result, pareto_front, points, progress, results, rows
+from .results import HEADER, best_result, giga, pareto_front, points, progress, results, rows
 from .students import pool_config
 from .worker import worker_lock
 
@@ -75,10 +75,7 @@ def reclaim(course: Course, name: str) -> List[int]:
 def pareto_table(course: Course) -> str:
     """The students and resolutions that no others beat in AP and complexity."""
     front = pareto_front(points(results(course, course.journal.trials())))
-    cells = [
-        (str(p.trial), f"{p.size[0]}x{p.size[1]}", f"{p.macs / 1e9:.2f}", f"{p.ap:.2f}")
-        for p in front
-    ]
+    cells = [(str(p.trial), f"{p.size[0]}x{p.size[1]}", giga(p.macs), f"{p.ap:.2f}") for p in front]
     return markdown_table(("trial", "size", "GMAC", "AP"), cells)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 from .course import Course
 from .journal import COMPLETE, FAILED, Trial
 
-__all__ = ["Point", "best_result", "pareto_front", "points", "progress", "results", "rows"]
+__all__ = ["Point", "best_result", "giga", "pareto_front", "points", "progress", "results", "rows"]
 
 Result = Dict[str, Any]
 HEADER = ("trial", "worker", "pair", "AP", "size", "GMAC", "score", "minutes")
@@ -72,7 +72,7 @@ def progress(course: Course, trials: Sequence[Trial]) -> str:
         entry = best_entry(best)
         parts.append(
             f"best score {best['score']:.3f}, trial {best['number']}: AP {entry['AP']:.2f} at "
-            f"{entry['size'][0]}x{entry['size'][1]}, {entry['macs'] / 1e9:.2f} GMAC"
+            f"{entry['size'][0]}x{entry['size'][1]}, {giga(entry['macs'])} GMAC"
         )
     left = time_left(course, trials)
     return "; ".join(parts + ([f"at most {left} left"] if left else []))
@@ -89,6 +89,11 @@ def time_left(course: Course, trials: Sequence[Trial]) -> Optional[timedelta]:
     return timedelta(seconds=round(statistics.median(durations) * remaining / at_a_time))
 
 
+def giga(macs: int) -> str:
+    """Billions, with four digits: students may be small."""
+    return f"{macs / 1e9:.4g}"
+
+
 def rows(course: Course, trials: Sequence[Trial]) -> List[Tuple[str, ...]]:
     """Cells of ``HEADER`` for every trial."""
     return [_row(course, trial) for trial in trials]
@@ -103,5 +108,5 @@ def _row(course: Course, trial: Trial) -> Tuple[str, ...]:
     entry = best_entry(result)
     minutes = (trial.ended - trial.started).total_seconds() / 60
     size = f"{entry['size'][0]}x{entry['size'][1]}"
-    numbers = (f"{entry['AP']:.2f}", size, f"{entry['macs'] / 1e9:.2f}")
+    numbers = (f"{entry['AP']:.2f}", size, giga(entry["macs"]))
     return (*start, *numbers, f"{result['score']:.3f}", f"{minutes:.1f}")
