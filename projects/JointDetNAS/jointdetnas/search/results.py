@@ -75,7 +75,7 @@ def progress(course: Course, trials: Sequence[Trial]) -> str:
             f"{entry['size'][0]}x{entry['size'][1]}, {giga(entry['macs'])} GMAC"
         )
     left = time_left(course, trials)
-    return "; ".join(parts + ([f"at most {left} left"] if left else []))
+    return "; ".join(parts + ([] if left is None else [f"at most {left} left"]))
 
 
 def time_left(course: Course, trials: Sequence[Trial]) -> Optional[timedelta]:
