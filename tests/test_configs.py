@@ -13,7 +13,13 @@ from detectron2.engine import hooks
 from detectron2.modeling import build_model
 
 from kd_d2.checkpoint import load_yaml_config
-from kd_d2.distillation import DetectorTeacher, build_distillers, build_tap, teacher_wanted
+from kd_d2.distillation import (
+    TEACHER_REGISTRY,
+    DetectorTeacher,
+    build_distillers,
+    build_tap,
+    teacher_wanted,
+)
 from kd_d2.engine.main import build_config
 from kd_d2.engine.trainer import KDTrainer
 from tests.fixtures import registered_toy_dataset, untrained_teacher_keys
@@ -63,7 +69,7 @@ def _keys(cfg):
 
 def _teacher_keys(cfg):
     """What the teacher gives, whatever its type."""
-    if cfg.KD.TEACHER.TYPE != "DetectorTeacher":
+    if not issubclass(TEACHER_REGISTRY.get(cfg.KD.TEACHER.TYPE), DetectorTeacher):
         return untrained_teacher_keys(cfg)
     teacher_cfg = DetectorTeacher.load_config(cfg)
     assert teacher_cfg.DATASETS.TRAIN == cfg.DATASETS.TRAIN  # hence the same classes

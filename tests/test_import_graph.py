@@ -35,7 +35,7 @@ ALLOWED = {
     "projects": set(),
     "project": {
         *("baselines", "blocks", "distillation", "losses", "modeling", "config"),
-        *("checkpoint", "data", "evaluation"),
+        *("checkpoint", "data", "evaluation", "visualization"),
     },
 }
 # libraries outside of the repository; units that are not listed may import any

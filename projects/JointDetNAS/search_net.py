@@ -11,8 +11,10 @@ pareto OUTPUT_DIR FOLDER
     Print and draw the Pareto front of AP and complexity.
 export [--trial N] --output FOLDER OUTPUT_DIR FOLDER
     Write a trial's detector for train_net.py --eval-only, and finetune.yaml; default: the best.
-prune --config-file YAML --percent P | --gmacs G [--size W H] --output FOLDER MODEL.WEIGHTS FILE
-    Remove channels at once: a part of them, or down to a complexity of the backbone.
+prune --config-file YAML --percent P | --gmacs G [--size W H] | --like FILE --output FOLDER
+      MODEL.WEIGHTS FILE
+    Remove channels at once: a part of them, or down to a complexity of the backbone, also to that
+    of another student's checkpoint.
 evaluate
     One trial, in the process that a worker starts for it.
 """
@@ -39,6 +41,7 @@ from kd_d2.engine import KDTrainer, launch
 from kd_d2.engine.main import build_config, import_components, short_errors
 from kd_d2.export import export_student
 from kd_d2.projects.jointdetnas.presets import config_text
+from kd_d2.projects.jointdetnas.search.analyses import lineage
 from kd_d2.projects.jointdetnas.search.commands import (
     build_course,
     choose_trial,
@@ -52,8 +55,9 @@ from kd_d2.projects.jointdetnas.search.exporting import finetune_config, trial_c
 from kd_d2.projects.jointdetnas.search.file_lock import FileLock
 from kd_d2.projects.jointdetnas.search.page import report, write_page
 from kd_d2.projects.jointdetnas.search.pruning import backbone_macs, prune, prune_to
+from kd_d2.projects.jointdetnas.search.results import results
 from kd_d2.projects.jointdetnas.search.settings import open_folder, read_config
-from kd_d2.projects.jointdetnas.search.students import write_student
+from kd_d2.projects.jointdetnas.search.students import stored_architecture, write_student
 from kd_d2.projects.jointdetnas.search.worker import EvaluationError, Worker
 from kd_d2.projects.jointdetnas.surgery import bottom_up_of
 
@@ -189,7 +193,12 @@ def export(args: argparse.Namespace) -> None:
     course = course_of(args)
     number = choose_trial(course, args.trial)
     candidate = course.candidate(number)
-    result = candidate.result()
+    trained = lineage(results(course, course.journal.trials()), number)
+    result = {
+        **candidate.result(),
+        "lineage": [step["number"] for step in trained],
+        "lineage_iterations": sum(step["iterations"] for step in trained),
+    }
     cfg = read_config(course.folder)
     register_all(cfg)
     written = export_student(trial_config(candidate), candidate.student, args.output)
@@ -198,15 +207,20 @@ def export(args: argparse.Namespace) -> None:
         file.write(finetune_config(cfg, candidate, written.files[0], args.output).dump().encode())
     with atomic_write(os.path.join(args.output, "result.json")) as file:
         file.write(json.dumps(result, indent=1).encode())
-    print(f"trial {number}: AP {result['AP']:.2f} at {result['size'][0]}x{result['size'][1]}")
+    width, height = result["size"]
+    print(
+        f"trial {number}: AP {result['AP']:.2f} at {width}x{height}, trained "
+        f"for {result['lineage_iterations']} iterations in the search, by trials "
+        f"{', '.join(map(str, result['lineage']))}"
+    )
     print("\n".join(f"wrote {file}" for file in [*written.files, path]))
 
 
 # --------------------------------------------------------------------------------------- prune
 def prune_checkpoint(args: argparse.Namespace) -> None:
     """Tables 2 and 5: one-shot pruning; the written config trains with train_net.py."""
-    if bool(args.percent) == bool(args.gmacs):
-        raise ValueError("prune needs one of --percent and --gmacs")
+    if sum(map(bool, (args.percent, args.gmacs, args.like))) != 1:
+        raise ValueError("prune needs one of --percent, --gmacs and --like")
     if os.path.exists(os.path.join(args.output, "last_checkpoint")):
         raise ValueError(f"--output must be a folder without checkpoints, got '{args.output}'")
     cfg = build_config(args.config_file, args.opts).clone()
@@ -220,7 +234,9 @@ def prune_checkpoint(args: argparse.Namespace) -> None:
     if args.percent:
         pruned = prune(model, args.percent, **floors)
     else:
-        pruned = prune_to(model, round(args.gmacs * 1e9), size, **floors)
+        other = stored_architecture(args.like) if args.like else None
+        target = backbone_macs(other, size) if other else round(args.gmacs * 1e9)
+        pruned = prune_to(model, target, size, **floors)
     architecture = bottom_up_of(pruned).architecture
     os.makedirs(args.output, exist_ok=True)
     weights = os.path.join(args.output, "model_init.pth")
@@ -271,6 +287,9 @@ def build_parser() -> argparse.ArgumentParser:
     parsers["prune"].add_argument("--percent", type=float, default=0.0, help="of channels, 0 to 1")
     parsers["prune"].add_argument(
         "--gmacs", type=float, default=0.0, help="of the backbone, at most"
+    )
+    parsers["prune"].add_argument(
+        "--like", default="", metavar="FILE", help="checkpoint of a student that costs as much"
     )
     parsers["prune"].add_argument(
         "--size",

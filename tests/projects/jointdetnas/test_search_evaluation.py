@@ -16,6 +16,7 @@ from kd_d2.projects.jointdetnas.score import StudentScore
 from kd_d2.projects.jointdetnas.search.commands import build_course
 from kd_d2.projects.jointdetnas.search.evaluation import evaluate, prepare
 from kd_d2.projects.jointdetnas.search.proposal import Proposal
+from kd_d2.projects.jointdetnas.search.pruning import backbone_macs
 from tests.projects.jointdetnas.cases import BOTTLENECK, STEM
 from tests.projects.jointdetnas.search_setting import in_this_process, script, setting
 
@@ -311,7 +312,10 @@ def test_export(searched, home, capsys):
     assert tuned.MODEL.WEIGHTS == os.path.abspath(cfg.MODEL.WEIGHTS) and tuned.KD.ENABLED
     assert (tuned.SOLVER.MAX_ITER, tuned.SOLVER.BASE_LR) == (117266, 0.01)
     assert tuned.KD.TEACHER.ELASTIC.SUBNET == result["teacher"]
-    assert json.load(open(os.path.join(output, "result.json"))) == result
+    written = json.load(open(os.path.join(output, "result.json")))
+    lineage = written.pop("lineage")
+    assert lineage[0] == 0 and lineage[-1] == number
+    assert written.pop("lineage_iterations") == 2 * len(lineage) and written == result
 
 
 def test_status_pareto_and_reclaim(searched, capsys):
@@ -378,7 +382,13 @@ def test_prune(home, capsys):
     model = KDTrainer.build_student(cfg)
     model.load_state_dict(load(cfg.MODEL.WEIGHTS)["model"])
     assert cfg.OUTPUT_DIR == os.path.join(output, "run") and cfg.KD.ENABLED
+    # as small as another one
+    like = ["--like", cfg.MODEL.WEIGHTS]
+    module.main(["prune", "--config-file", config, "--output", f"{output}2", *like])
+    again = build_config(os.path.join(f"{output}2", "config.yaml")).MODEL.MORPH_RESNET.ENCODING
+    macs = [backbone_macs(parse(e, STEM), (96, 64)) for e in (again, str(architecture))]
+    assert macs[0] <= macs[1]
     for arguments in ([], ["--percent", "0.3", "--gmacs", "1"]):
         with pytest.raises(SystemExit) as error:
             module.main(["prune", "--config-file", config, "--output", output, *arguments])
-        assert "prune needs one of --percent and --gmacs" in str(error.value)
+        assert "prune needs one of --percent, --gmacs and --like" in str(error.value)

@@ -29,7 +29,14 @@ from ..teacher import ElasticTeacher
 from .candidate import Candidate
 from .proposal import Proposal
 
-__all__ = ["candidate_seed", "inherit", "pool_config", "take_from_pool", "write_student"]
+__all__ = [
+    "candidate_seed",
+    "inherit",
+    "pool_config",
+    "stored_architecture",
+    "take_from_pool",
+    "write_student",
+]
 
 
 def pool_config(cfg: CfgNode) -> Optional[CfgNode]:
