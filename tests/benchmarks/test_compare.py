@@ -12,7 +12,6 @@ from unittest.mock import ANY
 import pytest
 
 from kd_d2.engine import experiment
-from tests.engine.conftest import own_process_state  # noqa: F401  (fixture: loggers, threads)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DATASETS = ("digit_scenes", "bccd")
