@@ -212,7 +212,8 @@ def test_mapper_by_name(cfg, ssd_cfg):
     cfg.INPUT.MAPPER = "DatasetMapper"
     assert type(build_mapper(cfg, False)) is DatasetMapper
     cfg.INPUT.MAPPER = "Mapper"
-    with pytest.raises(ValueError, match=r"one of \['DatasetMapper', 'SSDMapper'\], got 'Mapper'"):
+    known = r"\['DatasetMapper', 'RandomResolutionMapper', 'SSDMapper'\]"
+    with pytest.raises(ValueError, match=f"one of {known}, got 'Mapper'"):
         build_mapper(cfg, True)
 
 

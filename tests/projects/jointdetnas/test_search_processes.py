@@ -49,13 +49,15 @@ def test_number_of_workers_does_not_matter(generation, workers, reference, tmp_p
 def test_random_kills(generation, workers, seed, reference, tmp_path):
     options = {"max_trials": TRIALS, "generation": generation}
     draw = random.Random(seed)
-    processes = {f"w{i}": start(tmp_path, f"w{i}", options) for i in range(workers)}
+    # long enough for the search to last as long as the kills do
+    seconds = 0.2
+    processes = {f"w{i}": start(tmp_path, f"w{i}", options, seconds) for i in range(workers)}
     killed = 0
     for _ in range(9):
         time.sleep(draw.uniform(0.0, 0.15))
         name = draw.choice(sorted(processes))
         killed += kill(processes[name])
-        processes[name] = start(tmp_path, name, options)
+        processes[name] = start(tmp_path, name, options, seconds)
     assert killed >= 4
     join(list(processes.values()))
     search = course(tmp_path, **options)
