@@ -46,9 +46,9 @@ from typing import Any, Callable, Dict, List, Sequence
 import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from kd_d2.analysis import random_batch
 from kd_d2.distillation import DetectorTeacher, DistillationContext, Key, build_tap, freeze
 from kd_d2.engine.main import build_config
 from kd_d2.engine.optimizer import build_optimizer
@@ -181,21 +181,6 @@ def _leaves(value: Any, requires_grad: bool) -> Any:
     if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
         return [_leaves(item, requires_grad) for item in value]
     return value
-
-
-def random_batch(size: int, height: int, width: int, num_classes: int) -> List[Dict[str, Any]]:
-    generator = torch.Generator().manual_seed(0)
-    batch = []
-    for _ in range(size):
-        corners = torch.rand((8, 2), generator=generator) * torch.tensor([width, height]) * 0.7
-        sides = (torch.rand((8, 2), generator=generator) * 0.25 + 0.05) * min(height, width)
-        instances = Instances((height, width))
-        instances.gt_boxes = Boxes(torch.cat((corners, corners + sides), dim=1))
-        instances.gt_classes = torch.randint(num_classes, (8,), generator=generator)
-        shape = (3, height, width)
-        image = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances, "height": height, "width": width})
-    return batch
 
 
 def _prepared(file: str, args, distil: bool):

@@ -28,13 +28,15 @@ ALLOWED = {
     "blocks": {"losses", "modeling", "distillation"},
     "baselines": {"blocks", "config", "distillation", "losses", "modeling"},
     "export": {"checkpoint", "config", "modeling"},
+    "analysis": {"checkpoint", "config", "export", "modeling"},
     "engine": {
         *("checkpoint", "config", "data", "evaluation", "visualization", "export", "projects"),
         *("baselines", "blocks", "distillation", "losses", "modeling"),
     },
+    "doctor": {"analysis", "checkpoint", "data", "distillation", "engine", "projects"},
     "projects": set(),
     "project": {
-        *("baselines", "blocks", "distillation", "losses", "modeling", "config"),
+        *("analysis", "baselines", "blocks", "distillation", "losses", "modeling", "config"),
         *("checkpoint", "data", "evaluation", "visualization"),
     },
 }

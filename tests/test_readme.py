@@ -60,6 +60,9 @@ def check_make_target(target: str) -> None:
 
 
 def check_python(words: List[str]) -> None:
+    if words[1] == "-m":  # a package of this repository
+        script = f"{words[2].replace('.', '/')}/__main__.py"
+        words = ["python", script, *words[3:]]
     script = next(word for word in words if word.endswith(".py"))
     rest = words[words.index(script) + 1 :]
     if "..." in rest:  # an abbreviated command in running text
@@ -91,15 +94,20 @@ def check_config(args) -> None:
 def check_options(script: str, rest: List[str]) -> None:
     """The options that a command uses are options that the script describes."""
     described = help_of(script)
-    for word in rest:
+    for word, following in zip(rest, [*rest[1:], ""]):
         if word.startswith("--"):
             assert word.split("=")[0] in described, f"{script} has no option {word}"
+        if word == "--config-file" and following.startswith(("configs/", "projects/")):
+            assert (ROOT / following).is_file(), f"{following} does not exist"
 
 
 @functools.lru_cache(maxsize=None)
 def help_of(script: str) -> str:
+    program = [script]
+    if script.endswith("/__main__.py"):
+        program = ["-m", script[: -len("/__main__.py")].replace("/", ".")]
     return subprocess.run(
-        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
 
 

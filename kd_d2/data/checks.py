@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 __all__ = [
+    "absent_files",
     "check_datasets",
     "dataset_classes",
     "drop_unusable_annotations",
@@ -62,13 +63,19 @@ def dataset_classes(name: str) -> List[str]:
     return list(classes)
 
 
-def missing_files(name: str) -> Optional[str]:
-    """A sentence about the files that a registered data set lacks, or None if all are there."""
+def absent_files(name: str) -> List[str]:
+    """The files and folders of a registered data set that do not exist, as they are registered."""
     metadata = MetadataCatalog.get(name)
     required = metadata.get("required_files")
     if required is None:  # registered by someone else
         required = [metadata.get(key) for key in ("json_file", "image_root", "dirname")]
-    absent = [path for path in required if path and not os.path.exists(path)]
+    return [path for path in required if path and not os.path.exists(path)]
+
+
+def missing_files(name: str) -> Optional[str]:
+    """A sentence about the files that a registered data set lacks, or None if all are there."""
+    metadata = MetadataCatalog.get(name)
+    absent = absent_files(name)
     if not absent:
         return None
     where = f"the data set {name} was looked for in {os.path.abspath(absent[0])}"

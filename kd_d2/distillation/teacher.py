@@ -15,7 +15,13 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.registry import Registry
 from torch import nn
 
-from kd_d2.checkpoint import KDCheckpointer, file_sha256, load_yaml_config, merge_opts
+from kd_d2.checkpoint import (
+    KDCheckpointer,
+    MissingFileError,
+    file_sha256,
+    load_yaml_config,
+    merge_opts,
+)
 from kd_d2.config import get_cfg
 
 from .fuse import fuse_norms
@@ -186,7 +192,13 @@ class DetectorTeacher(Teacher):
         classes, digest = None, "none, random initialisation"
         if node.WEIGHTS:
             checkpointer = KDCheckpointer(model, allow_unsafe=cfg.KD.ALLOW_UNSAFE_LOAD)
-            extra = checkpointer.load(node.WEIGHTS)
+            try:
+                extra = checkpointer.load(node.WEIGHTS)
+            except MissingFileError as error:
+                raise MissingFileError(
+                    f"The teacher's checkpoint {node.WEIGHTS} does not exist: check "
+                    "KD.TEACHER.WEIGHTS (relative to the folder where the program is started)."
+                ) from error
             _check_report(checkpointer.last_report, node)
             classes = (extra.get("run_info") or {}).get("classes")
             digest = file_sha256(checkpointer.path_manager.get_local_path(node.WEIGHTS))

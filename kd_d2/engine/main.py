@@ -41,6 +41,7 @@ __all__ = [
     "run",
     "setup",
     "short_errors",
+    "user_error",
 ]
 
 logger = logging.getLogger(__name__)
@@ -221,10 +222,18 @@ def short_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, KeyError) as error:
-        # an unknown name in one of Detectron2's registries is a KeyError; others are our mistakes
-        known = not isinstance(error, KeyError) or "registry" in str(error)
-        if not known or os.environ.get("KD_D2_TRACEBACK") == "1":
+    except Exception as error:
+        message = user_error(error)
+        if not message or os.environ.get("KD_D2_TRACEBACK") == "1":
             raise
-        message = error.args[0] if isinstance(error, KeyError) else error
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")
+
+
+def user_error(error: Exception) -> str:
+    """The message of an exception that wrong input caused; empty for one that is our mistake."""
+    if isinstance(error, (ValueError, FileNotFoundError)):
+        return str(error)
+    # an unknown name in one of Detectron2's registries is a KeyError; others are our mistakes
+    if isinstance(error, KeyError) and "registry" in str(error):
+        return str(error.args[0])
+    return ""
