@@ -26,14 +26,15 @@ steps; both start fresh. On the CPU that is the resident set (teacher's weights 
 included), on a GPU what the allocator handed out.
 
 A two-stage teacher runs backbone and RoI head, on the boxes that its distillers ask for; its RPN
-is no part of it. A memory of earlier steps (G-DetKD's queue) is as full as the rounds before have
+is no part of it. A classifier of crops (DICOD) runs on the crops of a step. Where the distillers
+differentiate it with respect to its crops, this is part of "teacher as used" and not of "teacher
+forward". A memory of earlier steps (G-DetKD's queue) is as full as the rounds before have
 made it: give enough --warmup, or a smaller memory.
 
 Every config is measured in a process of its own.
 """
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
@@ -41,15 +42,15 @@ import platform
 import resource
 import statistics
 import time
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List
 
 import torch
-from detectron2.modeling import build_model
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.events import EventStorage
+from stored_calls import StoredView, note_calls, plain_teacher
 
 from kd_d2.analysis import random_batch
-from kd_d2.distillation import DetectorTeacher, DistillationContext, Key, build_tap, freeze
+from kd_d2.data import register_all
+from kd_d2.distillation import DistillationContext, Key, teacher_wanted
 from kd_d2.engine.main import build_config
 from kd_d2.engine.optimizer import build_optimizer
 from kd_d2.engine.trainer import KDTrainer
@@ -58,6 +59,8 @@ CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 TABLE = [os.path.join(CONFIGS, f"{n}_r18_r50.yaml") for n in ("gfl", "retinanet", "fcos", "atss")]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MIB = 2**20
+# groups of keys that a teacher has once it is given boxes or crops
+LATER = ("roi", "crops")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,6 +100,8 @@ def main() -> None:
         cfg = build_config(file, args.opts)
         if not cfg.KD.ENABLED:
             parser.error(f"{file} has KD.ENABLED False: there is nothing to compare")
+        if not teacher_wanted(cfg):
+            parser.error(f"{file} has no teacher: there is nothing to compare")
         if args.clock == "cpu" and torch.device(cfg.MODEL.DEVICE).type != "cpu":
             parser.error("--clock cpu does not see what a GPU does")
     results = []
@@ -128,59 +133,6 @@ def _in_fresh_process(function: Callable, *args) -> Any:
 
 
 # ---------------------------------------------------------------------------- what is measured
-class StoredView:
-    """Values of a tap by key, as leaves of the graph, in place of a live student or teacher.
-
-    Args:
-        store: the live one.
-        keys: what is read of it.
-        requires_grad: whether the leaves collect gradients.
-        roi_calls: what the RoI head answered, call by call of a step; given again in this order.
-    """
-
-    def __init__(self, store, keys, requires_grad: bool, roi_calls: Sequence = ()):
-        self._store = store
-        self.keys = sorted(keys)
-        self._values = {key: _leaves(store[key], requires_grad) for key in keys}
-        self._answers = itertools.cycle([values for _, _, values in roi_calls])
-
-    def run(self, keys, boxes):
-        return next(self._answers)
-
-    def __getitem__(self, key):
-        return self._values[key]
-
-    def __getattr__(self, name):
-        return getattr(self._store, name)
-
-
-class RoICalls:
-    """A live teacher that notes (keys, boxes, values) of every pass through its RoI head."""
-
-    def __init__(self, run):
-        self._run = run
-        self.calls: List[tuple] = []
-
-    def __getitem__(self, key):
-        return self._run[key]
-
-    def __getattr__(self, name):
-        return getattr(self._run, name)
-
-    def run(self, keys, boxes):
-        keys = sorted(keys)
-        values = self._run.run(keys, boxes)
-        self.calls.append((keys, boxes, values))
-        return values
-
-
-def _leaves(value: Any, requires_grad: bool) -> Any:
-    if isinstance(value, torch.Tensor):
-        value = value.detach()
-        return value.requires_grad_(requires_grad and value.is_floating_point())
-    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-        return [_leaves(item, requires_grad) for item in value]
-    return value
 
 
 def _prepared(file: str, args, distil: bool):
@@ -191,6 +143,7 @@ def _prepared(file: str, args, distil: bool):
     cfg.defrost()
     cfg.KD.ENABLED = distil
     cfg.freeze()
+    register_all(cfg)  # the classes of an untrained classifier; no file is read
     torch.manual_seed(0)
     model = KDTrainer.build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
@@ -219,40 +172,6 @@ def measure_peak(file: str, args, distil: bool) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
 
 
-def _plain_teacher(cfg, model, roi_calls: Sequence = ()):
-    """The teacher's network, and its forward in eval mode as Detectron2 runs it, without decoding
-    and NMS.
-
-    Args:
-        roi_calls: of a two-stage teacher, the calls of :class:`RoICalls` of one step.
-    """
-    plain = freeze(build_model(DetectorTeacher.load_config(cfg)))
-    plain.load_state_dict(model.teacher.state_to_copy())
-    head = _dense_head if isinstance(plain, DenseDetector) else _roi_head
-
-    def forward(batch):
-        with torch.no_grad():
-            images = plain.preprocess_image(batch)
-            head(plain, plain.backbone(images.tensor), roi_calls)
-
-    return plain, forward
-
-
-def _dense_head(plain, features, roi_calls) -> None:
-    plain.head([features[f] for f in plain.head_in_features])
-
-
-def _roi_head(plain, features, roi_calls) -> None:
-    """One pass for each list of boxes, for everything that was asked of them."""
-    keys: Dict[int, set] = {}
-    boxes = {id(boxes): boxes for _, boxes, _ in roi_calls}
-    for names, of, _ in roi_calls:
-        keys.setdefault(id(of), set()).update(names)
-    for number, names in keys.items():
-        parsed = [Key.parse(name) for name in sorted(names)]
-        build_tap(plain).run_rois(plain, features, boxes[number], parsed)
-
-
 def _needs(model, side: str):
     return set().union(*(getattr(distiller, side) for distiller in model.distillers.values()))
 
@@ -264,16 +183,15 @@ def measure_time(file: str, args) -> Dict[str, Any]:
         with model.tap.observe(model.student, model._student_needs, check=False) as observation:
             model.student(batch)
         ctx = model._context(batch, observation, 0)
-        ctx.teacher = RoICalls(ctx.teacher)
+        ctx.teacher = calls = note_calls(model, ctx.teacher)
         for distiller in model.distillers.values():
             distiller(ctx)
-        roi_calls = ctx.teacher.calls
-        _, teacher_forward = _plain_teacher(cfg, model, roi_calls)
-        # the RoI head has no values before it is given boxes
-        teacher_keys = [k for k in model._teacher_needs if Key.parse(k).group != "roi"]
+        _, teacher_forward = plain_teacher(cfg, model, calls)
+        # there are no values of boxes and crops before these are given
+        teacher_keys = [k for k in model._teacher_needs if Key.parse(k).group not in LATER]
         views = {
             "student": StoredView(ctx.student, _needs(model, "student_needs"), True),
-            "teacher": StoredView(ctx.teacher, teacher_keys, False, roi_calls),
+            "teacher": calls.view(teacher_keys),
         }
 
         def distillers():
@@ -292,8 +210,7 @@ def measure_time(file: str, args) -> Dict[str, Any]:
             run = model.teacher.start(batch, ctx.padded_size, model._teacher_needs)
             for key in teacher_keys:
                 run[key]
-            for keys, boxes, _ in roi_calls:
-                run.run(keys, boxes)
+            calls.replay(run)
 
         def mechanism():
             with model.tap.observe(model.student, model._student_needs, check=False):

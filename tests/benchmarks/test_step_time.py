@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
+from kd_d2.distillation import DetectorTeacher
 from kd_d2.engine.main import build_config
 from tests.fixtures import tiny_cfg
 
@@ -23,8 +25,15 @@ def step_time():
     path = ROOT / "benchmarks" / "step_time.py"
     spec = importlib.util.spec_from_file_location("step_time", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)  # as for a script
+        spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def stored_calls(step_time):
+    return sys.modules["stored_calls"]
 
 
 @pytest.fixture
@@ -68,7 +77,7 @@ def test_the_four_detectors(step_time):
     names = []
     for file in step_time.TABLE:
         cfg = build_config(file)
-        teacher = step_time.DetectorTeacher.load_config(cfg)
+        teacher = DetectorTeacher.load_config(cfg)
         names.append(cfg.MODEL.META_ARCHITECTURE)
         assert teacher.MODEL.META_ARCHITECTURE == names[-1]
         assert (cfg.MODEL.RESNETS.DEPTH, teacher.MODEL.RESNETS.DEPTH) == (18, 50)
@@ -77,11 +86,11 @@ def test_the_four_detectors(step_time):
     assert sorted(names) == ["ATSS", "FCOS", "GFL", "RetinaNet"]
 
 
-def test_the_plain_teacher_computes_what_the_teacher_computes(step_time, config_file):
+def test_the_plain_teacher_computes_what_the_teacher_computes(step_time, stored_calls, config_file):
     """Its forward is the denominator: the same weights, nothing of ours, every prediction."""
     args = step_time.build_parser().parse_args(["--image-size", "64", "96"])
     cfg, model, _, batch = step_time._prepared(config_file, args, distil=True)
-    plain, forward = step_time._plain_teacher(cfg, model)
+    plain, forward = stored_calls.plain_teacher(cfg, model, stored_calls.RoICalls(None))
     outputs = []
     handle = plain.head.register_forward_hook(lambda *call: outputs.append(call[-1]))
     forward(batch)
@@ -114,7 +123,7 @@ def _two_stage(tmp_path, student: str, teacher: str) -> str:
 
 
 @pytest.mark.parametrize("student", ["Cascade", "RetinaNet"])
-def test_a_two_stage_teacher(step_time, tmp_path, student):
+def test_a_two_stage_teacher(step_time, stored_calls, tmp_path, student):
     """The plain one sees the boxes of the step once each, and answers as the teacher does."""
     file = _two_stage(tmp_path, student, "Cascade" if student == "Cascade" else "GeneralizedRCNN")
     args = step_time.build_parser().parse_args(["--image-size", "64", "96"])
@@ -123,13 +132,13 @@ def test_a_two_stage_teacher(step_time, tmp_path, student):
         model.student(batch)
     with EventStorage(0):
         ctx = model._context(batch, observation, 0)
-        ctx.teacher = step_time.RoICalls(ctx.teacher)
+        ctx.teacher = noted = stored_calls.note_calls(model, ctx.teacher)
         sum(next(iter(model.distillers.values()))(ctx).values())
-    calls = ctx.teacher.calls
+    calls = noted.calls
     stages = 3 if student == "Cascade" else 1
     assert len({id(boxes) for _, boxes, _ in calls}) == stages
 
-    plain, forward = step_time._plain_teacher(build_config(file), model, calls)
+    plain, forward = stored_calls.plain_teacher(build_config(file), model, noted)
     passes, outputs = [], {}
     handles = [
         module.register_forward_hook(lambda m, i, out, name=name: outputs.update({name: out}))
@@ -147,10 +156,81 @@ def test_a_two_stage_teacher(step_time, tmp_path, student):
         (theirs,) = [v[k] for _, _, v in calls for k in v if k == f"roi.embed[{stage}]"]
         torch.testing.assert_close(outputs[name], theirs, rtol=1e-4, atol=1e-5)
 
-    view = step_time.StoredView(ctx.teacher, [], False, calls)
+    view = noted.view([])
     for _ in range(2):  # step after step in the order of the calls
         for keys, boxes, values in calls:
             assert view.run(keys, boxes) is values
+
+
+def _taught_by_a_classifier(tmp_path) -> str:
+    values = {
+        "KD.ENABLED": True,
+        "KD.DISTILLERS": ("DICOD",),
+        "KD.TEACHER.TYPE": "ClassifierTeacher",
+        "KD.TEACHER.ALLOW_UNTRAINED": True,
+        "KD.TEACHER.CLASSIFIER.ARCH": "resnet18",
+        "KD.TEACHER.CLASSIFIER.INPUT_SIZE": 40,
+        "KD.DICOD.LOC.SAMPLE_SIZE": 32,
+        "DATASETS.TRAIN": ("bccd_trainval",),  # as many classes as the student has
+    }
+    file = tmp_path / "taught_by_a_classifier.yaml"
+    file.write_text(tiny_cfg("RetinaNet", **values).dump())
+    return str(file)
+
+
+def test_a_classifier(step_time, stored_calls, tmp_path):
+    """The plain one sees the crops of the step; what is stored is what the teacher answers."""
+    file = _taught_by_a_classifier(tmp_path)
+    args = step_time.build_parser().parse_args(["--image-size", "64", "64"])
+    cfg, model, _, batch = step_time._prepared(file, args, distil=True)
+    with EventStorage(0), model.tap.observe(model.student, model._student_needs) as observation:
+        model.student(batch)
+        ctx = model._context(batch, observation, 0)
+        ctx.teacher = noted = stored_calls.note_calls(model, ctx.teacher)
+        (distiller,) = model.distillers.values()
+        losses = distiller(ctx)
+        # objects for the features and for the classes, and the boxes that are predicted for them
+        asked = [(method, crops.shape[2:], crops.requires_grad) for method, crops, _ in noted.calls]
+        small, large = torch.Size([32, 32]), torch.Size([40, 40])
+        assert asked == [
+            ("features", small, False),
+            ("features", small, True),
+            ("logits", large, False),
+        ]
+        assert len(noted.calls[0][1]) == len(noted.calls[2][1]) == 16
+        assert len(noted.calls[1][1]) > 16
+
+        plain, forward = stored_calls.plain_teacher(cfg, model, noted)
+        stems = []
+        plain.get_submodule("maxpool").register_forward_hook(lambda *c: stems.append(c[-1]))
+        forward(batch)
+        assert len(stems) == len(noted.calls)
+        for stem, (_, crops, _) in zip(stems, noted.calls):
+            theirs = model.teacher.features(crops, ("stem",))["stem"]
+            assert not stem.requires_grad
+            torch.testing.assert_close(stem, theirs, rtol=1e-4, atol=1e-5)
+
+        ctx.teacher = noted.view([])
+        again = distiller(ctx)
+    assert set(again) == set(losses) == {"cls", "loc_obj", "loc_feat"}
+    for name, value in losses.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-6)
+    # the gradient ends at the stored features
+    (leaf,) = [v["stem"] for k, v in ctx.teacher._answers.items() if k[2]]
+    (gradient,) = torch.autograd.grad(again["loc_feat"], leaf)
+    assert gradient.abs().sum() > 0
+
+
+def test_a_classifier_is_measured(step_time, tmp_path, monkeypatch, capsys):
+    args = ["--image-size", "64", "64", "--rounds", "1", "--warmup", "0"]
+    file = _taught_by_a_classifier(tmp_path)
+    result = step_time.measure_time(file, step_time.build_parser().parse_args(args))
+    assert all(result["seconds"][name]["median"] > 0 for name in PARTS)
+    off = ["KD.DICOD.CLS.ENABLED", "False", "KD.DICOD.LOC.FEAT_WEIGHT", "0.0"]
+    monkeypatch.setattr("sys.argv", ["step_time.py", "--config-file", file, *off])
+    with pytest.raises(SystemExit):
+        step_time.main()
+    assert "has no teacher" in capsys.readouterr().err
 
 
 def test_a_two_stage_pair_is_measured(step_time, tmp_path):
