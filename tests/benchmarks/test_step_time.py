@@ -25,9 +25,7 @@ def step_time():
     path = ROOT / "benchmarks" / "step_time.py"
     spec = importlib.util.spec_from_file_location("step_time", path)
     module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(path.parent)  # as for a script
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
 
 
