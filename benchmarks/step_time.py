@@ -2,6 +2,8 @@
 """Time and memory of a distillation step against its parts, on random images.
 
     python benchmarks/step_time.py --table --rounds 40 --output step_time.json
+    python benchmarks/step_time.py --config-file benchmarks/configs/gfl_r18_r50.yaml \\
+        --distillers FitNets PKD LD
     python benchmarks/step_time.py --config-file projects/CrossKD/configs/.../x.yaml \\
         MODEL.WEIGHTS "" KD.TEACHER.WEIGHTS "" KD.TEACHER.ALLOW_UNTRAINED True
 
@@ -71,6 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--config-file", action="append", default=[], help="with KD.ENABLED True; may be repeated"
     )
     parser.add_argument("--table", action="store_true", help="add the four files of configs/")
+    parser.add_argument(
+        "--distillers",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="measure each file with each of these in place of its KD.DISTILLERS",
+    )
     parser.add_argument("--image-size", type=int, nargs=2, default=(320, 320), metavar="PIXELS")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
@@ -96,8 +105,9 @@ def main() -> None:
     files = args.config_file + (TABLE if args.table else [])
     if not files:
         parser.error("give --config-file or --table")
-    for file in files:
-        cfg = build_config(file, args.opts)
+    runs = [(file, of) for file in files for of in variants(args)]
+    for file, of in runs:
+        cfg = build_config(file, of.opts)
         if not cfg.KD.ENABLED:
             parser.error(f"{file} has KD.ENABLED False: there is nothing to compare")
         if not teacher_wanted(cfg):
@@ -105,25 +115,35 @@ def main() -> None:
         if args.clock == "cpu" and torch.device(cfg.MODEL.DEVICE).type != "cpu":
             parser.error("--clock cpu does not see what a GPU does")
     results = []
-    for file in files:
-        figures = _in_fresh_process(measure_time, file, args)
+    for file, of in runs:
+        figures = _in_fresh_process(measure_time, file, of)
         if args.memory_steps:
-            with_kd = _in_fresh_process(measure_peak, file, args, True)
-            student = _in_fresh_process(measure_peak, file, args, False)
+            with_kd = _in_fresh_process(measure_peak, file, of, True)
+            student = _in_fresh_process(measure_peak, file, of, False)
             figures["memory"] = {
                 "student alone": student,
                 "KD": with_kd,
                 "extra": with_kd - student,
                 "teacher's weights": figures.pop("teacher's weights"),
             }
-        results.append({"config": os.path.relpath(file), **figures})
-        print(f"{results[-1]['config']}:\n{details(results[-1])}\n", flush=True)
+        results.append({"config": os.path.relpath(file), "distiller": of.distiller, **figures})
+        print(f"{name(results[-1])}:\n{details(results[-1])}\n", flush=True)
     report = {"environment": environment(args, cfg), "results": results}
     print(headline(report["environment"]) + "\n\n" + table(results))
     if args.output:
         with open(args.output, "w") as f:
             json.dump(report, f, indent=1)
             f.write("\n")
+
+
+def variants(args: argparse.Namespace) -> List[argparse.Namespace]:
+    """``args`` for every one of ``--distillers``, or once for those of the config."""
+    result = []
+    for name in args.distillers or [""]:
+        opts = ["KD.DISTILLERS", f"('{name}',)"] if name else []
+        result.append(argparse.Namespace(**{**vars(args), "opts": [*args.opts, *opts]}))
+        result[-1].distiller = name
+    return result
 
 
 def _in_fresh_process(function: Callable, *args) -> Any:
@@ -326,6 +346,12 @@ def span(value: Dict[str, Any], digits: int) -> str:
     return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
+def name(result: Dict[str, Any]) -> str:
+    """Name of a row: the file's, and the distiller's if it was given."""
+    file = os.path.splitext(os.path.basename(result["config"]))[0]
+    return " ".join(part for part in (file, result.get("distiller", "")) if part)
+
+
 _COLUMNS = ("student step", "teacher forward", "teacher as used", "distillers", "KD step")
 
 
@@ -334,12 +360,11 @@ def table(results: List[Dict[str, Any]]) -> str:
     header = ["config", *(f"{c}, s" for c in _COLUMNS), "ratio", "extra memory, MiB"]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for result in results:
-        name = os.path.splitext(os.path.basename(result["config"]))[0]
         seconds = [f"{result['seconds'][c]['median']:.3f}" for c in _COLUMNS]
         ratio = f"{result['ratio']['median']:.3f} ({span(result['ratio'], 3)})"
         memory = result.get("memory")
         extra = "" if memory is None else f"{memory['extra']:+.0f}"
-        rows.append([name, *seconds, ratio, extra])
+        rows.append([name(result), *seconds, ratio, extra])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -103,6 +103,13 @@ def add_kd_config(cfg: CN) -> None:
     # Keep the teacher's weights, hence its feature maps, in torch.channels_last: faster
     # convolutions, the same values up to rounding.
     cfg.KD.TEACHER.CHANNELS_LAST = True
+    # Precision of the teacher's convolutions and matrix products: "float32", "bfloat16" or
+    # "float16"; "": that of the student's step, i.e. float32, or SOLVER.AMP's.
+    # What the distillers get is float32 again unless the step is under AMP.
+    cfg.KD.TEACHER.DTYPE = ""
+    # Backend of torch.compile for the teacher's bottom-up network, e.g. "inductor", which needs a
+    # C++ compiler (CPU) or Triton (GPU) and a minute or two at the first step; "": not compiled.
+    cfg.KD.TEACHER.COMPILE = ""
 
     cfg.KD.INIT_STUDENT = CN()
     # Parameters and buffers whose name starts with one of these prefixes are copied from the

@@ -266,6 +266,7 @@ def teacher_of(
     input_format: str = "",
     classes: Optional[Sequence[str]] = None,
     seed: int = 1,
+    **options: Any,
 ) -> DetectorTeacher:
     """Return a :class:`DetectorTeacher` around a model (which it freezes), without any file.
 
@@ -274,6 +275,7 @@ def teacher_of(
         student_format: ``INPUT.FORMAT`` of the student.
         input_format: that of the teacher; empty: the model's, "BGR" if it has none.
         classes: class names of the teacher.
+        options: further arguments of the teacher.
     """
     model = model_or_cfg
     if isinstance(model, CfgNode):
@@ -287,6 +289,7 @@ def teacher_of(
         student_format=student_format,
         classes=list(classes) if classes is not None else None,
         description="teacher of a test",
+        **options,
     )
 
 

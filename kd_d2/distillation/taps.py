@@ -39,6 +39,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+from .precision import widened
 from .recorder import CallReader, ModuleRecorder, near_matches
 from .registry import FamilyRegistry
 
@@ -229,7 +230,9 @@ class StagedRun(TapStore):
         if cached_boxes is not boxes or any(key not in values for key in keys):
             known = set(values) if cached_boxes is boxes else set()
             parsed = [Key.parse(key) for key in sorted(known | set(keys))]
-            values = self.tap.run_rois(self.model, self.features, boxes, parsed)
+            # Detectron2's poolers cast boxes to the type of the maps, and a bfloat16 has 8 bits
+            features = widened(self.features)
+            values = self.tap.run_rois(self.model, features, boxes, parsed)
             self._rois = (boxes, values)
         return {key: values[key] for key in keys}
 

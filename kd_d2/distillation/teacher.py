@@ -5,7 +5,7 @@ from ``parameters()``, ``state_dict()``, DDP and the optimizer, and ``train()`` 
 """
 
 import logging
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -24,7 +24,9 @@ from kd_d2.checkpoint import (
 )
 from kd_d2.config import get_cfg
 
+from .compilation import check_uncompiled, compile_trunk
 from .fuse import fuse_norms
+from .precision import Precision
 from .recorder import near_matches
 from .taps import Key, KeyInfo, StagedRun, build_tap
 
@@ -97,13 +99,28 @@ class Teacher:
 
 
 class TeacherRun:
-    """A detector teacher on one batch: values by key, RoI passes, rest of its head."""
+    """A detector teacher on one batch: values by key, RoI passes, rest of its head.
 
-    def __init__(self, store: StagedRun):
+    Args:
+        store: the stages of the teacher.
+        precision: in which they run.
+    """
+
+    def __init__(self, store: StagedRun, precision: Optional[Precision] = None):
         self._store = store
+        self._precision = precision or Precision()
+        self._values: Dict[str, Any] = {}
 
     def __getitem__(self, key: str) -> Any:
-        return self._store[key]
+        if key not in self._values:
+            self._values[key] = self._run(lambda: self._store[key])
+        return self._values[key]
+
+    def _run(self, stage: Callable[[], Any]) -> Any:
+        device = self._store.images.device
+        with self._precision(device):
+            value = stage()
+        return self._precision.returned(value, device)
 
     @property
     def model(self) -> nn.Module:
@@ -115,11 +132,13 @@ class TeacherRun:
 
     def run(self, keys: Iterable[str], boxes: List[Boxes]) -> Dict[str, Any]:
         """Return ``roi.*`` values for given boxes (absolute pixels of the padded input)."""
-        return self._store.run_rois(keys, boxes)
+        return self._run(lambda: self._store.run_rois(keys, boxes))
 
     def rest_of_head(self, branch: str, start: int, level_features: List[torch.Tensor]):
         """See :meth:`DenseTap.rest_of_head`; gradients cross the frozen layers."""
-        return self.tap.rest_of_head(self.model, branch, start, level_features)
+        return self._run(
+            lambda: self.tap.rest_of_head(self.model, branch, start, level_features)
+        )
 
 
 @TEACHER_REGISTRY.register()
@@ -143,6 +162,8 @@ class DetectorTeacher(Teacher):
         cfg: Optional[CfgNode] = None,
         fuse_bn: bool = False,
         channels_last: bool = False,
+        dtype: str = "",
+        compiler: str = "",
     ):
         """
         Args:
@@ -153,9 +174,12 @@ class DetectorTeacher(Teacher):
             cfg: the teacher's config, needed only to evaluate it.
             fuse_bn: multiply batch norms into the convs before them, see :mod:`.fuse`.
             channels_last: keep the weights in that memory format; feature maps follow.
+            dtype: precision of its own, see :mod:`.precision`; "": that of the student's step.
+            compiler: backend of ``torch.compile`` for its bottom-up network; "": none.
 
         Raises:
-            ValueError: the formats differ by more than the order of R and B.
+            ValueError: the formats differ by more than the order of R and B; unknown ``dtype`` or
+                ``compiler``.
         """
         if sorted(input_format) != sorted(student_format):
             raise ValueError(
@@ -163,6 +187,7 @@ class DetectorTeacher(Teacher):
                 f"'{student_format}'"
             )
         self._fuse_bn, self._channels_last = fuse_bn, channels_last
+        self._precision, self._compiler = Precision(dtype), compiler
         self._hold(model)
         self.cfg = cfg
         self._classes = classes
@@ -176,6 +201,8 @@ class DetectorTeacher(Teacher):
             logger.info(f"Teacher: {fuse_norms(model)} batch norms are part of their convs")
         if self._channels_last:
             model.to(memory_format=torch.channels_last)
+        if self._compiler:
+            compile_trunk(model, self._compiler)
         self.tap = build_tap(model)
         self.keys = self.tap.keys(model)
 
@@ -217,6 +244,8 @@ class DetectorTeacher(Teacher):
             "cfg": teacher_cfg,
             "fuse_bn": node.FUSE_BN,
             "channels_last": node.CHANNELS_LAST,
+            "dtype": node.DTYPE,
+            "compiler": node.COMPILE,
         }
 
     @staticmethod
@@ -239,12 +268,15 @@ class DetectorTeacher(Teacher):
 
     def start(self, batched_inputs, padded_size, needs, gt_instances=None):
         needs = list(needs)
+        if self._compiler:
+            check_uncompiled(self.model, needs)
         if all(Key.parse(key).group == "roi" for key in needs):
             # nothing is compared cell by cell, and boxes are the same in a larger image
             step = max(self.model.backbone.size_divisibility, 1)
             padded_size = tuple(-(-side // step) * step for side in padded_size)
         images = self.preprocess(batched_inputs, padded_size)
-        return TeacherRun(self.tap.run(self.model, images, needs, gt_instances, check=False))
+        store = self.tap.run(self.model, images, needs, gt_instances, check=False)
+        return TeacherRun(store, self._precision)
 
     @torch.no_grad()
     def preprocess(self, batched_inputs, padded_size: Tuple[int, int]) -> torch.Tensor:

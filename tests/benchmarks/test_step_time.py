@@ -283,3 +283,18 @@ def test_nothing_to_compare(step_time, config_file, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             step_time.main()
         assert message in capsys.readouterr().err
+
+
+def test_each_file_is_measured_with_each_distiller(step_time):
+    parser = step_time.build_parser()
+    args = parser.parse_args(["--config-file", "a.yaml", "--distillers", "PKD", "LD", "--rounds=3"])
+    args.opts = ["MODEL.DEVICE", "cpu"]
+    first, second = step_time.variants(args)
+    assert first.opts == ["MODEL.DEVICE", "cpu", "KD.DISTILLERS", "('PKD',)"]
+    assert second.opts == ["MODEL.DEVICE", "cpu", "KD.DISTILLERS", "('LD',)"]
+    assert first.rounds == 3 and args.opts == ["MODEL.DEVICE", "cpu"]
+    assert step_time.name({"config": "x/gfl.yaml", "distiller": first.distiller}) == "gfl PKD"
+    args.distillers = []
+    (alone,) = step_time.variants(args)
+    assert alone.opts == args.opts
+    assert step_time.name({"config": "x/gfl.yaml", "distiller": alone.distiller}) == "gfl"

@@ -1,0 +1,93 @@
+"""The benchmark of a teacher's options: what is compared with what."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.fixtures import tiny_cfg, tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def options():
+    # as when the script is started: its folder comes first
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        path = ROOT / "benchmarks" / "teacher_options.py"
+        spec = importlib.util.spec_from_file_location("teacher_options", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+        sys.modules.pop("step_time", None)
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    teacher, student = tmp_path / "teacher.yaml", tmp_path / "student.yaml"
+    teacher.write_text(tiny_cfg("GFL").dump())
+    values = {
+        "KD.ENABLED": True,
+        "KD.DISTILLERS": ("PKD",),
+        "KD.TEACHER.CONFIG_FILE": str(teacher),
+        "KD.TEACHER.ALLOW_UNTRAINED": True,
+    }
+    student.write_text(tiny_cfg("GFL", **values).dump())
+    return argparse.Namespace(
+        config_file=str(student),
+        image_size=(64, 64),
+        batch_size=1,
+        rounds=2,
+        warmup=0,
+        threads=0,
+        clock="cpu",
+        opts=[],
+    )
+
+
+def test_changes_are_relative_and_the_largest_counts(options):
+    reference = {"a": 2.0, "b": -1.0, "c": 0.0}
+    assert options.largest_change(reference, reference) == 0
+    assert options.largest_change({"a": 2.1, "b": -1.2, "c": 0.0}, reference) == pytest.approx(0.2)
+    assert options.largest_change({"a": 2.0, "b": -1.0, "c": 0.3}, reference) == pytest.approx(0.3)
+
+
+def test_every_option_has_the_same_weights_and_runs_what_it_says(options, arguments):
+    names = [options.REFERENCE, "default: both", "DTYPE bfloat16", options.EVERY_STAGE]
+    figures = options.measure(arguments, names)
+    assert list(figures) == names
+    assert figures[options.REFERENCE]["change"] == 0
+    assert figures["default: both"]["change"] < 1e-4
+    assert 1e-5 < figures["DTYPE bfloat16"]["change"] < 0.1
+    assert figures[options.EVERY_STAGE]["change"] == figures["default: both"]["change"]
+    for values in figures.values():
+        assert values["teacher"]["seconds"]["median"] > 0
+        assert values["step"]["seconds"]["median"] > values["teacher"]["seconds"]["median"]
+    assert figures[options.REFERENCE]["step"]["ratio"]["median"] == 1
+    text = options.table(figures)
+    assert text.count("\n") == 5 and "| 1.000 (1.000 to 1.000) |" in text
+    json.dumps(figures)
+
+
+def test_stages_that_nobody_asks_for_run_only_when_they_are_wanted(options, arguments, monkeypatch):
+    calls, head = [], type(tiny_model("GFL").head).__name__
+
+    def counted(self, *inputs, **kwargs):
+        calls.append(type(self).__name__)
+        return run(self, *inputs, **kwargs)
+
+    run = torch.nn.Module.__call__
+    monkeypatch.setattr(torch.nn.Module, "__call__", counted)
+    with options.EventStorage(0):
+        for name, heads in (("default: both", 0), (options.EVERY_STAGE, 1)):
+            teacher, _, _ = options._variant(arguments, name)
+            calls.clear()
+            teacher()
+            assert calls.count(head) == heads
