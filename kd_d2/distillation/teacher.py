@@ -136,9 +136,7 @@ class TeacherRun:
 
     def rest_of_head(self, branch: str, start: int, level_features: List[torch.Tensor]):
         """See :meth:`DenseTap.rest_of_head`; gradients cross the frozen layers."""
-        return self._run(
-            lambda: self.tap.rest_of_head(self.model, branch, start, level_features)
-        )
+        return self._run(lambda: self.tap.rest_of_head(self.model, branch, start, level_features))
 
 
 @TEACHER_REGISTRY.register()

@@ -1,29 +1,15 @@
 """The table of evidence: its statistics, its list, and what is checked in."""
 
-import importlib.util
 import json
 import math
 import sys
 from pathlib import Path
 
+import evidence
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def evidence():
-    # as when the script is started: its folder comes first
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        spec = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks/evidence.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-        sys.modules.pop("compare", None)
 
 
 def run(method, seed, ap, **more):
@@ -48,7 +34,7 @@ RUNS = [
 ]
 
 
-def test_interval_is_students(evidence):
+def test_interval_is_students():
     """The 97.5 % quantile of t with two degrees of freedom is 4.30265 (any printed table)."""
     low, high = evidence.interval([3.0, 1.0, 8.0])
     half = 4.30265 * math.sqrt(13 / 3)
@@ -56,7 +42,7 @@ def test_interval_is_students(evidence):
     assert all(math.isnan(v) for v in evidence.interval([1.0]))
 
 
-def test_rows_are_paired_by_seed(evidence):
+def test_rows_are_paired_by_seed():
     (row,) = evidence.compared(ENTRY, {"runs": RUNS, "hardware": "h"})
     assert row["seeds"] == [1, 2, 3] and row["method"] == "X"
     # the student alone of seed 4 has no partner and does not count
@@ -70,7 +56,7 @@ def test_rows_are_paired_by_seed(evidence):
     json.dumps(row)
 
 
-def test_mistakes_in_the_list_are_named(evidence, tmp_path):
+def test_mistakes_in_the_list_are_named(tmp_path):
     broken = tmp_path / "list.yaml"
     entry = {key: value for key, value in ENTRY.items() if key != "alone"}
     broken.write_text(yaml.safe_dump({"comparisons": [{**entry, "colour": "red"}]}))
@@ -82,7 +68,7 @@ def test_mistakes_in_the_list_are_named(evidence, tmp_path):
         evidence.published_figures(["NoMethod"])
 
 
-def test_the_list_names_what_exists(evidence):
+def test_the_list_names_what_exists():
     published, comparisons = evidence.read_list(evidence.LIST)
     assert evidence.published_figures(published)
     for entry in comparisons:
@@ -94,7 +80,7 @@ def test_the_list_names_what_exists(evidence):
             assert (ROOT / command["run"].split()[0]).is_file()
 
 
-def test_training_starts_what_the_comparison_needs(evidence, tmp_path, monkeypatch):
+def test_training_starts_what_the_comparison_needs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands = []
 

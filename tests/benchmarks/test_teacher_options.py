@@ -1,32 +1,13 @@
 """The benchmark of a teacher's options: what is compared with what."""
 
 import argparse
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
+import teacher_options as options
 import torch
 
 from tests.fixtures import tiny_cfg, tiny_model
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def options():
-    # as when the script is started: its folder comes first
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        path = ROOT / "benchmarks" / "teacher_options.py"
-        spec = importlib.util.spec_from_file_location("teacher_options", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-        sys.modules.pop("step_time", None)
 
 
 @pytest.fixture
@@ -52,14 +33,14 @@ def arguments(tmp_path):
     )
 
 
-def test_changes_are_relative_and_the_largest_counts(options):
+def test_changes_are_relative_and_the_largest_counts():
     reference = {"a": 2.0, "b": -1.0, "c": 0.0}
     assert options.largest_change(reference, reference) == 0
     assert options.largest_change({"a": 2.1, "b": -1.2, "c": 0.0}, reference) == pytest.approx(0.2)
     assert options.largest_change({"a": 2.0, "b": -1.0, "c": 0.3}, reference) == pytest.approx(0.3)
 
 
-def test_every_option_has_the_same_weights_and_runs_what_it_says(options, arguments):
+def test_every_option_has_the_same_weights_and_runs_what_it_says(arguments):
     names = [options.REFERENCE, "default: both", "DTYPE bfloat16", options.EVERY_STAGE]
     figures = options.measure(arguments, names)
     assert list(figures) == names
@@ -76,7 +57,7 @@ def test_every_option_has_the_same_weights_and_runs_what_it_says(options, argume
     json.dumps(figures)
 
 
-def test_stages_that_nobody_asks_for_run_only_when_they_are_wanted(options, arguments, monkeypatch):
+def test_stages_that_nobody_asks_for_run_only_when_they_are_wanted(arguments, monkeypatch):
     calls, head = [], type(tiny_model("GFL").head).__name__
 
     def counted(self, *inputs, **kwargs):
