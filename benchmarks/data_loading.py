@@ -19,9 +19,9 @@ from typing import Any, Dict, List
 
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils, get_detection_dataset_dicts
-from step_time import _cpu_model
 from tqdm import tqdm
 
+from kd_d2.analysis import device_name
 from kd_d2.checkpoint import atomic_write
 from kd_d2.data import build_train_loader
 from kd_d2.data.loader import build_mapper, evenly_spaced
@@ -40,7 +40,7 @@ def main() -> None:
     results = [through_the_loader(cfg, workers, args.batches) for workers in args.workers]
     report = {
         "config": os.path.relpath(args.config_file),
-        "processor": f"{_cpu_model()}, {os.cpu_count()} cores",
+        "processor": f"{device_name('cpu')}, {os.cpu_count()} cores",
         "images a batch": cfg.SOLVER.IMS_PER_BATCH,
         "loader": results,
         "mapper": through_the_mapper(cfg, args.images),

@@ -27,16 +27,14 @@ from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
-from fvcore.nn.jit_handles import get_shape
 from step_time import CLOCKS, environment, headline, interleaved, random_batch, span, spread
 from torch import nn
 
+from kd_d2.analysis import deployed, flop_analysis
 from kd_d2.checkpoint import KDCheckpointer
 from kd_d2.engine.main import build_config, short_errors
 from kd_d2.engine.optimizer import build_optimizer
-from kd_d2.export import student_config
 from kd_d2.visualization import markdown_table
 
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "inference")
@@ -67,7 +65,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     with short_errors():
         cfgs = {title(path): build_config(path, args.opts) for path in args.configs}
-        models = {name: deployed(cfg) for name, cfg in cfgs.items()}
+        models = {name: measured(cfg) for name, cfg in cfgs.items()}
     batch = random_batch(args.batch_size, *args.image_size, num_classes=1)
     detectors = compare_detectors(models, batch, args)
     first = next(iter(cfgs.values()))
@@ -87,15 +85,10 @@ def title(path: str) -> str:
 
 
 # ------------------------------------------------------------------------------- whole detectors
-def deployed(cfg: CfgNode) -> nn.Module:
-    """The detector of a config in eval mode, without what only training needs."""
-    model = trained(cfg)
-    if hasattr(model, "deploy"):
-        small = student_config(cfg, ["kd_d2"])
-        model.deploy(small)
-        state, model = model.state_dict(), build_model(small)
-        model.load_state_dict({name: state[name] for name in model.state_dict()})
-    return model.eval()
+def measured(cfg: CfgNode) -> nn.Module:
+    """The detector of a config as it is deployed, with equal random weights every time."""
+    torch.manual_seed(0)
+    return deployed(cfg, cfg.MODEL.WEIGHTS)
 
 
 def trained(cfg: CfgNode) -> nn.Module:
@@ -129,16 +122,7 @@ def compare_detectors(models: Dict[str, nn.Module], batch, args) -> List[Dict[st
 
 def flops(model: nn.Module, inputs: Any) -> float:
     """Multiply-adds of one forward pass, see the text above."""
-    analysis = FlopCountAnalysis(model, inputs)
-    analysis.set_op_handle("torchvision::deform_conv2d", _deform_conv_flops)
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    return analysis.tracer_warnings("none").total()
-
-
-def _deform_conv_flops(inputs: List[Any], outputs: List[Any]) -> int:
-    images, _, height, width = get_shape(outputs[0])
-    out_channels, in_channels, *kernel = get_shape(inputs[1])
-    return images * height * width * out_channels * in_channels * kernel[0] * kernel[1]
+    return flop_analysis(model, inputs).total()
 
 
 def detector_table(detectors: List[Dict[str, Any]]) -> str:

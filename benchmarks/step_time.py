@@ -43,14 +43,14 @@ import os
 import platform
 import resource
 import statistics
-import time
 from typing import Any, Callable, Dict, List
 
 import torch
 from detectron2.utils.events import EventStorage
 from stored_calls import StoredView, note_calls, plain_teacher
 
-from kd_d2.analysis import random_batch
+from kd_d2 import analysis
+from kd_d2.analysis import CLOCKS, random_batch
 from kd_d2.data import register_all
 from kd_d2.distillation import DistillationContext, Key, teacher_wanted
 from kd_d2.engine.main import build_config
@@ -59,7 +59,6 @@ from kd_d2.engine.trainer import KDTrainer
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 TABLE = [os.path.join(CONFIGS, f"{n}_r18_r50.yaml") for n in ("gfl", "retinanet", "fcos", "atss")]
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MIB = 2**20
 # groups of keys that a teacher has once it is given boxes or crops
 LATER = ("roi", "crops")
@@ -253,25 +252,8 @@ def measure_time(file: str, args) -> Dict[str, Any]:
 
 
 def interleaved(parts: Dict[str, Callable], args) -> Dict[str, List[float]]:
-    """Seconds of each part in each round; all parts run once in a round, after rounds that are
-    not counted."""
-    times: Dict[str, List[float]] = {name: [] for name in parts}
-    for round_number in range(args.warmup + args.rounds):
-        for name, run in parts.items():
-            seconds = _timed(run, CLOCKS[args.clock])
-            if round_number >= args.warmup:
-                times[name].append(seconds)
-    return times
-
-
-def _timed(run: Callable, clock: Callable[[], float]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = clock()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return clock() - start
+    """Seconds of each part in each round, as the command line says."""
+    return analysis.interleaved(parts, args.rounds, args.warmup, CLOCKS[args.clock])
 
 
 def summary(times: Dict[str, List[float]]) -> Dict[str, Any]:
@@ -297,9 +279,8 @@ def spread(values: List[float]) -> Dict[str, float]:
 
 # ------------------------------------------------------------------------------------ reports
 def environment(args, cfg) -> Dict[str, Any]:
-    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else _cpu_model(),
+        "device": analysis.device_name(cfg.MODEL.DEVICE),
         "threads": args.threads or torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -309,15 +290,6 @@ def environment(args, cfg) -> Dict[str, Any]:
         "clock": args.clock,
         "opts": args.opts,
     }
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as f:
-            lines = [line for line in f if line.startswith("model name")]
-        return lines[0].split(":", 1)[1].strip()
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
 
 
 def headline(env: Dict[str, Any]) -> str:

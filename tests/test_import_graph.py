@@ -28,7 +28,7 @@ ALLOWED = {
     "blocks": {"losses", "modeling", "distillation"},
     "baselines": {"blocks", "config", "distillation", "losses", "modeling"},
     "export": {"checkpoint", "config", "modeling"},
-    "analysis": {"checkpoint", "config", "export", "modeling"},
+    "analysis": {"checkpoint"},
     "engine": {
         *("checkpoint", "config", "data", "evaluation", "visualization", "export", "projects"),
         *("baselines", "blocks", "distillation", "losses", "modeling"),

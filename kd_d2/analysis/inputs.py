@@ -1,11 +1,31 @@
 """Made-up images and boxes, for measurements and trials that need no data set."""
 
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 
-__all__ = ["random_batch"]
+__all__ = ["image_size_of", "random_batch"]
+
+
+def image_size_of(cfg: CfgNode) -> Tuple[int, int]:
+    """Height and width, in pixels, that a config's test images have at most, before padding.
+
+    INPUT.MIN_SIZE_TEST x MAX_SIZE_TEST, a wide photograph; a square where the latter is so large
+    that it limits nothing, and for SSD, which stretches its images.
+
+    Raises:
+        ValueError: INPUT.MIN_SIZE_TEST is 0, so that images keep the size they have.
+    """
+    if cfg.INPUT.MAPPER == "SSDMapper":
+        return (cfg.MODEL.SSD.INPUT_SIZE,) * 2
+    short, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    if short <= 0:
+        raise ValueError(
+            "INPUT.MIN_SIZE_TEST is 0, images keep their size; say which size is meant"
+        )
+    return (short, longest) if short <= longest <= 2 * short else (short, short)
 
 
 def random_batch(size: int, height: int, width: int, num_classes: int) -> List[Dict[str, Any]]:

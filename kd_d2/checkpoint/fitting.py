@@ -1,6 +1,6 @@
 """Loading of weights that must fit the model."""
 
-from typing import Any, Dict
+from typing import Any, Dict, Iterable
 
 from torch import nn
 
@@ -9,8 +9,16 @@ from kd_d2.checkpoint.checkpointer import KDCheckpointer
 __all__ = ["load_weights"]
 
 
-def load_weights(model: nn.Module, path: str, allow_unsafe: bool = False) -> Dict[str, Any]:
+def load_weights(
+    model: nn.Module, path: str, allow_unsafe: bool = False, optional: Iterable[str] = ()
+) -> Dict[str, Any]:
     """Load a checkpoint that has to fit, and return what it holds beside the model.
+
+    Args:
+        model: is changed in place.
+        path: of the checkpoint.
+        allow_unsafe: KD.ALLOW_UNSAFE_LOAD.
+        optional: paths of modules that the checkpoint need not have.
 
     Raises:
         ValueError: keys are missing, unexpected or of another shape.
@@ -20,9 +28,7 @@ def load_weights(model: nn.Module, path: str, allow_unsafe: bool = False) -> Dic
         raise ValueError("the path of the student's checkpoint is empty")
     checkpointer = KDCheckpointer(model, allow_unsafe=allow_unsafe)
     extra = checkpointer.load(path)
-    if not checkpointer.last_report.ok:
-        raise ValueError(
-            f"{path} does not fit the student of --config-file:\n"
-            f"{checkpointer.last_report.format()}"
-        )
+    report = checkpointer.last_report.without(optional)
+    if not report.ok:
+        raise ValueError(f"{path} does not fit the student of --config-file:\n{report.format()}")
     return extra

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.ops import DeformConv2d
 
 from kd_d2.engine.main import build_config
 from tests.fixtures import tiny_batch, tiny_cfg
@@ -32,22 +31,9 @@ def arguments():
     return Namespace(**values, threads=1, opts=[])
 
 
-class Deformable(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = DeformConv2d(6, 4, (3, 5), padding=(1, 2))
-
-    def forward(self, x):
-        return self.conv(x, x.new_zeros(len(x), 30, *x.shape[-2:]))
-
-
-def test_flops_of_a_deformable_convolution(inference):
-    assert inference.flops(Deformable(), torch.zeros(2, 6, 7, 8)) == 2 * 7 * 8 * 6 * 4 * 3 * 5
-
-
 def test_what_is_measured_is_what_is_deployed(inference):
     cfg = mimicdet_cfg()
-    small, model = inference.deployed(cfg), inference.trained(cfg)
+    small, model = inference.measured(cfg), inference.trained(cfg)
     assert small.t_head is None and "p2" not in small.backbone.output_shape()
     assert not small.training and model.training
     with torch.no_grad():

@@ -7,12 +7,13 @@ image itself, while Detectron2 pads images to multiples of 32.
 """
 
 import statistics
-import time
 from dataclasses import dataclass
 from typing import Dict, List, Sequence, Tuple
 
 import torch
 from torch import nn
+
+from kd_d2.analysis import interleaved
 
 from .space import Architecture
 from .surgery import evaluating
@@ -169,16 +170,8 @@ def latency(model: nn.Module, size: Size, *, rounds: int = 20, warmup: int = 5) 
         rounds: measured detections.
         warmup: detections before.
     """
-    device = next(model.parameters()).device
     image = torch.zeros(3, size[1], size[0], dtype=torch.uint8)
     inputs = [{"image": image, "height": size[1], "width": size[0]}]
-    times = []
     with evaluating(model):
-        for index in range(warmup + rounds):
-            start = time.perf_counter()
-            model(inputs)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if index >= warmup:
-                times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        times = interleaved({"detection": lambda: model(inputs)}, rounds, warmup)
+    return statistics.median(times["detection"])

@@ -11,8 +11,8 @@ from typing import Dict
 
 import torch
 from detectron2.modeling import build_model
-from detectron2.utils.analysis import FlopCountAnalysis
 
+from kd_d2.analysis import flop_analysis
 from kd_d2.checkpoint import load_checkpoint_file
 from kd_d2.engine.main import build_config, short_errors
 from kd_d2.projects.jointdetnas.cost import Cost, Size, detector_cost, latency, total
@@ -78,8 +78,7 @@ def measured(architecture: Architecture, size: Size, rounds: int, device: str) -
     opts += ["MODEL.RESNETS.STEM_OUT_CHANNELS", str(architecture.stem), "MODEL.WEIGHTS", ""]
     model = build_model(build_config(str(BASE), opts)).eval()
     image = torch.zeros(3, size[1], size[0])
-    counts = FlopCountAnalysis(model, ([{"image": image}],)).unsupported_ops_warnings(False)
-    operators = counts.by_operator()
+    operators = flop_analysis(model, ([{"image": image}],)).by_operator()
     macs = operators["conv"] + operators["linear"]
     seconds = latency(model, size, rounds=rounds)
     return (

@@ -128,7 +128,7 @@ def test_latency_leaves_the_model_as_it_was():
 
 def test_latency_is_the_median_of_the_measured_rounds(monkeypatch):
     """Every call of a clock that advances by 1, 2, 3, ... seconds: 3 rounds after 2 not counted."""
-    from kd_d2.projects.jointdetnas import cost
+    from kd_d2.analysis import timing
 
     class Clock:
         now, step = 0, 0
@@ -148,7 +148,7 @@ def test_latency_is_the_median_of_the_measured_rounds(monkeypatch):
             self.sizes.append(tuple(inputs[0]["image"].shape))
 
     clock = Clock()
-    monkeypatch.setattr(cost.time, "perf_counter", clock)
+    monkeypatch.setattr(timing.time, "perf_counter", clock)
     model = Detector()
     # clock calls: start and end of a measured round, start only of the others
     assert latency(model, (64, 48), rounds=3, warmup=2) == 6
