@@ -231,6 +231,14 @@ def test_a_classifier_is_measured(step_time, tmp_path, monkeypatch, capsys):
     assert "has no teacher" in capsys.readouterr().err
 
 
+def test_queues_are_full(step_time, tmp_path):
+    file = _two_stage(tmp_path, "RetinaNet", "GeneralizedRCNN")
+    args = step_time.build_parser().parse_args(["--image-size", "64", "64"])
+    _, model, _, _ = step_time._prepared(file, args, distil=True)
+    queue = next(iter(model.distillers.values())).ckd["0"].queue
+    assert queue.count == queue.size and queue.rows.abs().sum(dim=1).all()
+
+
 def test_a_two_stage_pair_is_measured(step_time, tmp_path):
     args = ["--image-size", "64", "64", "--rounds", "1", "--warmup", "0"]
     file = _two_stage(tmp_path, "GeneralizedRCNN", "GeneralizedRCNN")
