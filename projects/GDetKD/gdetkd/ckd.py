@@ -19,19 +19,21 @@ __all__ = ["CKDOutput", "ContrastiveKD", "PerAnchorLinear", "overlapping"]
 
 
 class CKDOutput(NamedTuple):
-    """Scalars of one batch.
+    """Result of one batch, scalars but for ``correct``.
 
     Attributes:
         loss: unweighted, mean over this rank's RoIs.
         accuracy: share of the RoIs whose own teacher row is the closest of all.
         positive_cosine: mean cosine of the projections of both representations of a RoI.
         num_negatives: mean number of negatives of a RoI.
+        correct: (N,) bool, the RoIs that ``accuracy`` counts.
     """
 
     loss: Tensor
     accuracy: Tensor
     positive_cosine: Tensor
     num_negatives: Tensor
+    correct: Tensor
 
 
 class PerAnchorLinear(nn.Module):

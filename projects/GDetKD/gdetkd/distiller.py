@@ -170,10 +170,12 @@ class GDetKD(Distiller):
                 sums["feat"].append(self.feature(ctx, rois))
             suffix = f"_stage{stage}" if len(batches) > 1 else ""
             if str(stage) in self.ckd:
-                output = self._contrast(rois, teacher, stage)
+                output, positive = self._contrast(rois, teacher, stage)
                 sums["ckd"].append(output.loss / len(batches))
                 for name in ("accuracy", "positive_cosine", "num_negatives"):
                     scalars[f"ckd_{name}{suffix}"] = getattr(output, name)
+                found = (output.correct & positive).sum() / positive.sum().clamp(min=1)
+                scalars[f"ckd_accuracy_foreground{suffix}"] = found
             for name, term in self.predictions.items():
                 sums[name].append(term(rois, teacher) / len(batches))
             # an image; FCOS students have hardly any at the start
@@ -192,10 +194,11 @@ class GDetKD(Distiller):
         return {n: values[f"roi.{n}{suffix}"] for n in names if f"roi.{n}{suffix}" in keys}
 
     def _contrast(self, rois: RoIBatch, teacher: Mapping[str, Tensor], stage: int):
+        """The module's output, and which of its rows are foreground."""
         embed = teacher["embed"]
         if self._ckd_rois == "positive":
             rois, embed = rois.select(rois.positive), embed[rois.positive]
-        return self.ckd[str(stage)](rois.embed, embed, rois.boxes, rois.anchor)
+        return self.ckd[str(stage)](rois.embed, embed, rois.boxes, rois.anchor), rois.positive
 
     def _log(self, scalars: Mapping[str, Tensor]) -> None:
         # one transfer for all of them

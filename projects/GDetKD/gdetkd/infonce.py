@@ -12,7 +12,7 @@ __all__ = ["InfoNCE", "info_nce"]
 
 
 class InfoNCE(NamedTuple):
-    """Scalars of one batch.
+    """Result of one batch, scalars but for ``correct``.
 
     Attributes:
         loss: mean over the queries; 0, connected to them, without any.
@@ -20,12 +20,14 @@ class InfoNCE(NamedTuple):
             negative.
         positive_cosine: mean inner product of query and positive.
         valid_negatives: mean number of allowed negatives of a query.
+        correct: (N,) bool, the queries that ``accuracy`` counts.
     """
 
     loss: Tensor
     accuracy: Tensor
     positive_cosine: Tensor
     valid_negatives: Tensor
+    correct: Tensor
 
 
 def info_nce(
@@ -80,6 +82,7 @@ def info_nce(
             accuracy=correct.sum() / divisor,
             positive_cosine=cosines.detach().sum() / divisor,
             valid_negatives=num_negatives - excluded,
+            correct=correct,
         )
 
 

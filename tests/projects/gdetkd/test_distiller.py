@@ -210,6 +210,20 @@ def test_what_is_logged():
     assert latest["gdetkd/sgfi_rois"] == 2 * latest["gdetkd/num_positive_stage0"]
 
 
+def test_accuracy_on_the_foreground():
+    model, sampled = pair(), []
+    every_third = torch.arange(48) % 3 == 0
+    module = model.distillers["gdetkd"].ckd["0"]
+    module.register_forward_hook(lambda m, x, y: y._replace(correct=every_third))
+    model.student.roi_heads.register_forward_hook(lambda m, x, y: sampled.extend(y[0]))
+    _, storage = step(model)
+    foreground = torch.cat([p.gt_classes for p in sampled]) < 3
+    numbers = foreground.nonzero().flatten().tolist()
+    expected = sum(i % 3 == 0 for i in numbers) / len(numbers)
+    assert storage.latest()["gdetkd/ckd_accuracy_foreground"][0] == pytest.approx(expected)
+    assert 0 < expected < 1
+
+
 def test_rois_of_ckd():
     """CKD.ROIS "positive": the rows that are foreground, on both sides."""
     model = pair(**{"KD.GDETKD.CKD.ROIS": "positive"})

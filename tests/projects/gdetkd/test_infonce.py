@@ -33,7 +33,7 @@ def test_equals_the_formula_in_value_and_gradient(chunk):
         for q, c, row in zip(inputs[0], cosines, allowed)
     ]
     assert result.accuracy.item() == pytest.approx(sum(ahead) / 7)
-    assert 0 < sum(ahead) < 7
+    assert 0 < sum(ahead) < 7 and result.correct.tolist() == ahead
     assert result.valid_negatives.item() == pytest.approx(allowed.sum().item() / 7)
     assert not result.positive_cosine.requires_grad and not result.valid_negatives.requires_grad
 
