@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,6 +74,35 @@ def test_toy_at_every_threshold():
         loc = 1 if i < 4 else 2
         assert counts == {"Cls": 1, "Loc": loc, "Both": 1, "Dupe": 1, "Bkg": 1, "Miss": 2}
     assert np.mean(result.ap) == pytest.approx(23.56, abs=5e-3)
+
+
+def test_tidecv_on_blood_cells():
+    """Real boxes and detections; made by benchmarks/tide_against_tidecv.py, which runs both."""
+    content = json.loads(Path(__file__).with_name("tidecv_bccd.json").read_text())
+    annotations, predictions = (
+        [
+            {"id": i, "image_id": x[0], "category_id": x[1], "bbox": x[2:6], "score": x[-1]}
+            for i, x in enumerate(rows, 1)
+        ]
+        for rows in (
+            content["objects, image category left top width height"],
+            content["detections, image category left top width height score"],
+        )
+    )
+    assert len(annotations) == 945 and len(predictions) == 1350
+    gt = {
+        "images": [{"id": i} for i in content["images"]],
+        "categories": content["categories"],
+        "annotations": [{**x, "iscrowd": 0} for x in annotations],
+    }
+    result = tide_errors(gt, predictions)
+    rows = content["rows of tidecv"]
+    assert [row["threshold"] for row in rows] == pytest.approx(result.thresholds)
+    for i, row in enumerate(rows):
+        assert result.ap[i] == pytest.approx(row["value"]["AP"], abs=1e-5)
+        for name in ERROR_TYPES:
+            assert result.errors[name][i] == pytest.approx(row["value"][name], abs=1e-5), (i, name)
+        assert {name: numbers[i] for name, numbers in result.counts.items()} == row["number"]
 
 
 # objects, detections, counts that are not 0, AP, errors that are not 0; at IoU 0.5
