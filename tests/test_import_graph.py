@@ -33,6 +33,7 @@ ALLOWED = {
         *("checkpoint", "config", "data", "evaluation", "visualization", "export", "projects"),
         *("baselines", "blocks", "distillation", "losses", "modeling"),
     },
+    "prediction": {"checkpoint", "data"},
     "doctor": {"analysis", "checkpoint", "data", "distillation", "engine", "projects"},
     "projects": set(),
     "project": {
