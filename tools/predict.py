@@ -14,10 +14,11 @@ runs until --max-frames or Ctrl-C. Into the output folder go
   images.json                   ids, names and sizes of the images, and the categories
   teacher_results.json          with --teacher: the detections of the teacher
 
---score-threshold and --max-size concern the pictures; how the network sees an image stands in the
-config (INPUT.MIN_SIZE_TEST). With --teacher the teacher of the config, KD.TEACHER, is drawn beside
-the student. Names of classes come from --classes, else from the checkpoint, else from the config's
-data sets. Files that cannot be read are reported and left out; the exit status is 1 then.
+--score-threshold, --max-size and --min-size concern the pictures; how the network sees an image
+stands in the config (INPUT.MIN_SIZE_TEST). With --teacher the teacher of the config, KD.TEACHER, is
+drawn beside the student. Names of classes come from --classes, else from the checkpoint, else from
+the config's data sets. Files that cannot be read are reported and left out; the exit status is 1
+then.
 """
 
 import argparse
@@ -88,7 +89,14 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="PIXELS",
-        help="longer side of pictures and videos (default: that of the image)",
+        help="longer side of pictures of larger images (default: that of the image)",
+    )
+    parser.add_argument(
+        "--min-size",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="longer side of pictures of smaller images, whose labels would hide everything",
     )
     parser.add_argument(
         "--max-frames",
@@ -115,8 +123,10 @@ def check_options(args: argparse.Namespace) -> None:
     """Raise ``ValueError`` for numbers that mean nothing."""
     if not 0 <= args.score_threshold <= 1:
         raise ValueError(f"--score-threshold must lie between 0 and 1, got {args.score_threshold}")
-    if args.max_size < 0 or args.max_frames < 0:
-        raise ValueError("--max-size and --max-frames must not be negative")
+    if min(args.max_size, args.min_size, args.max_frames) < 0:
+        raise ValueError("--max-size, --min-size and --max-frames must not be negative")
+    if args.max_size and args.min_size > args.max_size:
+        raise ValueError(f"--min-size {args.min_size} is more than --max-size {args.max_size}")
 
 
 def read_config(args: argparse.Namespace, weights: str) -> CfgNode:
@@ -205,6 +215,7 @@ class Run:
                 self._args.score_threshold,
                 title=who if titled else "",
                 max_size=self._args.max_size,
+                min_size=self._args.min_size,
             )
             for who, detections in found.items()
         ]

@@ -9,14 +9,15 @@ from detectron2.utils.colormap import colormap
 __all__ = ["draw_overlay", "overlay_size", "side_by_side"]
 
 
-def overlay_size(height: int, width: int, max_size: int = 0) -> Tuple[int, int]:
-    """Height and width of a picture whose longer side is at most ``max_size``; 0: no limit."""
-    factor = _factor(height, width, max_size)
+def overlay_size(height: int, width: int, max_size: int = 0, min_size: int = 0) -> Tuple[int, int]:
+    """Height and width of a picture whose longer side lies between the two; 0: no limit."""
+    factor = _factor(height, width, max_size, min_size)
     return max(1, int(height * factor)), max(1, int(width * factor))
 
 
-def _factor(height: int, width: int, max_size: int) -> float:
-    return min(1.0, max_size / max(height, width)) if max_size else 1.0
+def _factor(height: int, width: int, max_size: int, min_size: int) -> float:
+    longer = max(height, width)
+    return min(max(longer, min_size), max_size or float("inf")) / longer
 
 
 def draw_overlay(
@@ -26,6 +27,7 @@ def draw_overlay(
     score_threshold: float = 0.5,
     title: str = "",
     max_size: int = 0,
+    min_size: int = 0,
 ) -> np.ndarray:
     """Return the image with boxes, classes and scores; a class has one colour in all images.
 
@@ -38,6 +40,7 @@ def draw_overlay(
         score_threshold: detections below are not drawn.
         title: text in the upper left corner.
         max_size: longer side of the result in pixels, if the image is larger; 0: no limit.
+        min_size: longer side of the result, if the image is smaller: labels keep their size.
 
     Returns:
         (H', W', 3) uint8 RGB of :func:`overlay_size`.
@@ -45,11 +48,11 @@ def draw_overlay(
     from detectron2.utils.visualizer import Visualizer
 
     height, width = image.shape[:2]
-    size = overlay_size(height, width, max_size)
+    size = overlay_size(height, width, max_size, min_size)
     kept = detections[detections.scores >= score_threshold]
     classes = kept.pred_classes.tolist()
     colours = colormap(rgb=True, maximum=1)
-    visualizer = Visualizer(image, scale=_factor(height, width, max_size))
+    visualizer = Visualizer(image, scale=_factor(height, width, max_size, min_size))
     visualizer.overlay_instances(
         boxes=kept.pred_boxes.tensor.numpy(),
         labels=[

@@ -255,6 +255,7 @@ def test_inputs_are_never_overwritten(script, toy, run_folder, tmp_path):
     [
         (("--score-threshold", "2"), "--score-threshold must lie between 0 and 1, got 2.0"),
         (("--max-size", "-1"), "must not be negative"),
+        (("--max-size", "9", "--min-size", "10"), "--min-size 10 is more than --max-size 9"),
         (("lost.png",), "the input lost.png does not exist"),
         (("--weights", "lost.pth"), "config.yaml: give the config of the run as --config-file"),
         (("--classes", "a", "b"), "2 --classes are given, but the detector has 3"),

@@ -48,12 +48,16 @@ def test_a_class_has_one_colour():
     assert edge([1]) == edge([75])  # 74 colours
 
 
-def test_a_smaller_picture():
+def test_smaller_and_larger_pictures():
     found = detections([[60, 30, 100, 80]], [0.9], [0])
     picture = draw_overlay(GREY, found, max_size=60)
     assert picture.shape[:2] == overlay_size(90, 121, 60) == (44, 60)
     rows, columns = changed(picture)
     assert 28 <= min(columns) <= 30 and 39 <= max(rows) <= 41
+    enlarged = draw_overlay(GREY, found, min_size=242)
+    assert enlarged.shape[:2] == overlay_size(90, 121, 0, 242) == (180, 242)
+    assert 118 <= min(changed(enlarged)[1]) <= 120
+    assert overlay_size(90, 121, 100, 80) == overlay_size(90, 121, 100) == (74, 100)
     assert overlay_size(90, 121, 500) == overlay_size(90, 121) == (90, 121)
 
 
