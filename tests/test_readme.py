@@ -1,40 +1,29 @@
 """Every command and every piece of code in a README works as printed."""
 
-import argparse
 import functools
-import importlib.util
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 from typing import List, Tuple
 
 import pytest
 from detectron2.engine import default_argument_parser
 
 from kd_d2.engine.main import build_config
+from tests.documents import blocks, check_command, shell_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 READMES = sorted(
     [*ROOT.glob("*/README.md"), ROOT / "README.md", *ROOT.glob("projects/*/README.md")]
 )
-SHELL_PROGRAMS = ("make", "python", "torchrun", "git", "cd", "export", "for", "done")
-
-
-def blocks(readme: pathlib.Path, language: str) -> List[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", readme.read_text(), re.M | re.S)
 
 
 def commands() -> List[Tuple[str, str]]:
     result = []
     for readme in READMES:
-        lines = "\n".join(blocks(readme, "sh")).replace("\\\n", " ").splitlines()
         inline = re.findall(r"`((?:python|torchrun|make) [^`]+)`", readme.read_text())
-        for line in lines + inline:
-            line = line.split(" #")[0].strip()
-            if line and not line.startswith("#"):
-                result.append((str(readme.relative_to(ROOT)), line))
+        code = "\n".join([*blocks(readme, "sh"), *(" ".join(line.split()) for line in inline)])
+        result += [(str(readme.relative_to(ROOT)), line) for line in shell_lines(code)]
     return sorted(set(result))
 
 
@@ -46,69 +35,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("readme,command", commands(), ids=lambda value: value[:90])
 def test_command(readme, command):
-    words = shlex.split(command)
-    words = [word for word in words if not re.fullmatch(r"[A-Z_0-9]+=\S*", word)] or words
-    assert words[0] in SHELL_PROGRAMS, f"{readme}: unknown program in '{command}'"
-    if words[0] == "make":
-        check_make_target(words[1])
-    elif words[0] in ("python", "torchrun"):
-        check_python(words)
-
-
-def check_make_target(target: str) -> None:
-    assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.M), target
-
-
-def check_python(words: List[str]) -> None:
-    if words[1] == "-m":  # a package of this repository
-        script = f"{words[2].replace('.', '/')}/__main__.py"
-        words = ["python", script, *words[3:]]
-    script = next(word for word in words if word.endswith(".py"))
-    rest = words[words.index(script) + 1 :]
-    if "..." in rest:  # an abbreviated command in running text
-        return
-    assert (ROOT / script).is_file(), f"{script} does not exist"
-    if script == "train_net.py":
-        check_config(default_argument_parser().parse_args(rest))
-    elif script == "benchmarks/step_time.py":
-        args = benchmark_parser().parse_args(rest)
-        assert args.config_file or args.table
-        for file in args.config_file:
-            check_config(argparse.Namespace(config_file=file, opts=args.opts))
-    else:
-        check_options(script, rest)
-
-
-def benchmark_parser() -> argparse.ArgumentParser:
-    spec = importlib.util.spec_from_file_location("step_time", ROOT / "benchmarks/step_time.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.build_parser()
-
-
-def check_config(args) -> None:
-    assert (ROOT / args.config_file).is_file(), f"{args.config_file} does not exist"
-    build_config(str(ROOT / args.config_file), args.opts)
-
-
-def check_options(script: str, rest: List[str]) -> None:
-    """The options that a command uses are options that the script describes."""
-    described = help_of(script)
-    for word, following in zip(rest, [*rest[1:], ""]):
-        if word.startswith("--"):
-            assert word.split("=")[0] in described, f"{script} has no option {word}"
-        if word == "--config-file" and following.startswith(("configs/", "projects/")):
-            assert (ROOT / following).is_file(), f"{following} does not exist"
-
-
-@functools.lru_cache(maxsize=None)
-def help_of(script: str) -> str:
-    program = [script]
-    if script.endswith("/__main__.py"):
-        program = ["-m", script[: -len("/__main__.py")].replace("/", ".")]
-    return subprocess.run(
-        [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    check_command(command, readme)
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)

@@ -25,7 +25,7 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "requirements" / "constraints.txt"
 INSTALLER = ROOT / "tools" / "install_detectron2.py"
-EXTRAS = "demo,lint,test"
+EXTRAS = "demo,docs,lint,test"
 
 OLDEST, NEWEST = (3, 10), (3, 13)
 

@@ -111,8 +111,7 @@ class GID(PairDistiller):
         """
         Args:
             student_keys, teacher_keys: what the taps know of both networks.
-            terms, num, nms, candidates, feat_weight, rel_weight, cls_weight, box_weight, size,
-                sampling_ratio, adapter, response: see :func:`add_gid_config`.
+            terms: which losses; this and all further arguments: see :func:`add_gid_config`.
 
         Raises:
             ValueError: an unknown term, or networks that cannot be paired this way.
