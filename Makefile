@@ -1,9 +1,10 @@
 # make setup   virtual environment .venv with everything in it
 # make test    the test suite             make test PYTEST_ARGS="-k crosskd -x"
 # make demo    distil a small detector    make demo QUICK=1 OUT=some/folder SEED=2
+# make docs    the documentation, docs/_build/html/index.html
 # make lint    black, isort, flake8
 #
-# test, demo and lint do the set-up first; what is there already is skipped.
+# test, demo, docs and lint do the set-up first; what is there already is skipped.
 
 # Python 3.10 to 3.13, used to make the environment.
 PYTHON ?= python3
@@ -25,9 +26,9 @@ else
 RUN = "$(ENV_PYTHON)"
 SETUP = @$(RUN) -c "import torch, torchvision, detectron2, kd_d2"
 endif
-SOURCES = $(wildcard kd_d2 projects tests tools benchmarks setup.py train_net.py)
+SOURCES = $(wildcard kd_d2 projects tests tools benchmarks docs setup.py train_net.py)
 
-.PHONY: help setup requirements test demo lint
+.PHONY: help setup requirements test demo docs lint
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -44,6 +45,9 @@ test: setup
 
 demo: setup
 	$(RUN) tools/demo.py --output-dir "$(OUT)" --seed "$(SEED)" $(if $(filter-out 0,$(QUICK)),--quick)
+
+docs: setup
+	$(RUN) -m sphinx --fail-on-warning --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
 
 lint: setup
 	$(RUN) -m black --line-length 100 --check $(SOURCES)

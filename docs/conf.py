@@ -16,6 +16,7 @@ release = version = kd_d2.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "repository_pages"]
 exclude_patterns = ["_build", "_generated/parts"]
 
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 # ":mod:`.config`" in a docstring is the one beside it, but there are several.
 suppress_warnings = ["ref.python"]

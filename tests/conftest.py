@@ -16,13 +16,13 @@ def own_process_state(monkeypatch):
     # set by Detectron2's seed_all_rng
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     # also before the test: fixtures of a module may have trained something
-    _reset_loggers()
+    reset_loggers()
     yield
-    _reset_loggers()
+    reset_loggers()
     torch.set_num_threads(threads)
 
 
-def _reset_loggers() -> None:
+def reset_loggers() -> None:
     for name in ("detectron2", "fvcore", "kd_d2"):
         log = logging.getLogger(name)
         for handler in log.handlers[:]:

@@ -15,7 +15,7 @@ from detectron2.engine import default_argument_parser
 
 from kd_d2.engine.main import build_config
 
-__all__ = ["Block", "SHELL", "blocks", "check_command", "parse_page", "shell_lines"]
+__all__ = ["Block", "SHELL", "blocks", "check_commands", "parse_page", "shell_lines"]
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHELL = ("make", "python", "torchrun", "git", "cd", "export", "for", "done", "mkdir")
@@ -112,14 +112,26 @@ def shell_lines(code: str) -> List[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def check_command(command: str, origin: str) -> None:
-    """Check a command as far as that goes without running it.
+def check_commands(code: str, origin: str) -> None:
+    """Check the commands of a shell block as far as that goes without running them.
 
     Scripts exist, their options are described by their help, config files exist and build with
-    the overrides of the command.
+    the overrides of the command. Variables that a line of its own sets are known to later ones.
     """
+    variables: Dict[str, str] = {}
+    for line in shell_lines(code):
+        assignments = [word.partition("=") for word in shlex.split(line)]
+        if all(re.fullmatch("[A-Z_0-9]+", name) and equals for name, equals, _ in assignments):
+            variables.update((name, value) for name, _, value in assignments)
+            continue
+        for name, value in variables.items():
+            line = re.sub(rf"\$(?:{name}\b|{{{name}}})", value, line)
+        _check_command(line, origin)
+
+
+def _check_command(command: str, origin: str) -> None:
     words = shlex.split(command)
-    words = [word for word in words if not re.fullmatch(r"[A-Z_0-9]+=\S*", word)] or words
+    words = [word for word in words if not re.fullmatch(r"[A-Z_0-9]+=\S*", word)]
     assert words[0] in SHELL, f"{origin}: unknown program in '{command}'"
     if words[0] == "make":
         _check_make_target(words[1])

@@ -10,7 +10,7 @@ import pytest
 from detectron2.engine import default_argument_parser
 
 from kd_d2.engine.main import build_config
-from tests.documents import blocks, check_command, shell_lines
+from tests.documents import blocks, check_commands, shell_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 READMES = sorted(
@@ -35,7 +35,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("readme,command", commands(), ids=lambda value: value[:90])
 def test_command(readme, command):
-    check_command(command, readme)
+    check_commands(command, readme)
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
