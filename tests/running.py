@@ -152,7 +152,7 @@ class Page:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=500,
         )
         self._output.write(result.stdout)
         if result.returncode:
