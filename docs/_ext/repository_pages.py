@@ -4,6 +4,7 @@
 
 * ``parts/<method>.md``, what ``tools/list_methods.py`` knows of a method, and
   ``parts/baselines.md`` and ``parts/blocks.md``, to be included in hand-written pages;
+* ``api_others.md``, the reference of packages that no page of ``docs/api`` names;
 * ``readme/<project>.md``, the README files of projects and benchmarks as pages of their own.
 
 Links that leave the folder ``docs`` work in the repository as they are; on the pages they become
@@ -12,6 +13,7 @@ links to the page of that README, or offer the file for download.
 
 import importlib.util
 import os
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any, Dict
@@ -43,6 +45,7 @@ def write_generated() -> None:
     """Write everything below ``docs/_generated``; files that would not change are left alone."""
     for name, text in method_parts().items():
         _write(GENERATED / "parts" / f"{name}.md", text)
+    _write(GENERATED / "api_others.md", other_packages())
     for name, folder in READMES.items():
         page = GENERATED / "readme" / f"{name}.md"
         text = (ROOT / folder / "README.md").read_text()
@@ -63,6 +66,18 @@ def method_parts() -> Dict[str, str]:
         f"## {method.name}\n{result[method.name.lower()]}" for method in baselines
     )
     result["blocks"] = script.blocks_table(list_blocks(), markdown=True) + "\n"
+    return result
+
+
+def other_packages() -> str:
+    """Return a page with the packages of kd_d2 that the hand-written reference leaves out."""
+    pages = "\n".join(path.read_text() for path in sorted((DOCS / "api").glob("*.md")))
+    known = re.findall(r"automodule:: (\S+)", pages)
+    result = "# Further packages\n"
+    for module in pkgutil.iter_modules([str(ROOT / "kd_d2")], "kd_d2."):
+        name = module.name
+        if name != "kd_d2.projects" and not any(f"{k}.".startswith(f"{name}.") for k in known):
+            result += f"\n## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n"
     return result
 
 
