@@ -25,8 +25,6 @@ __all__ = ["Page"]
 
 # What a checkout has; the folder of a page looks like one.
 _CHECKOUT = ("benchmarks", "configs", "kd_d2", "projects", "tools", "train_net.py")
-_COMMANDS_WITH_CONFIGS = ("train_net.py", "tools/calibrate_kd.py")
-_DATA_FILE_WRITTEN_BY = re.compile(r"[\w./-]+\.(?:py|yaml)")
 
 
 class Page:
@@ -168,9 +166,9 @@ class Page:
         for line in block.code.splitlines():
             parts = [re.escape(" ".join(part.split())) for part in line.split("...")]
             pattern = r"\s?.*?\s?".join(parts)
-            assert re.search(pattern, printed), (
-                f"{block.where}: was not printed: {line}\n{self._output.tail()}"
-            )
+            assert re.search(
+                pattern, printed
+            ), f"{block.where}: was not printed: {line}\n{self._output.tail()}"
 
     def _check(self, block: Block) -> None:
         if block.language == "sh":
