@@ -8,6 +8,7 @@ from torchvision.ops import deform_conv2d
 
 from kd_d2.losses.precision import full_precision
 
+from .box_init import init_micro_network
 from .offsets import box_offsets
 from .options import choice
 
@@ -21,6 +22,7 @@ __all__ = [
     "build_align",
     "init_gaussian",
     "init_he",
+    "init_xavier",
     "register_align",
 ]
 
@@ -153,12 +155,26 @@ class GuidedAlign(AlignLayer):
     learns_offsets = True
 
     @configurable
-    def __init__(self, *, channels: int, kernel_size: int, offset_std: float = 0.01):
+    def __init__(
+        self,
+        *,
+        channels: int,
+        kernel_size: int,
+        offset_std: float = 0.01,
+        offset_init: str = "gaussian",
+        anchor_scale: float = 4.0,
+    ):
         """
         Args:
             channels, kernel_size: see :class:`AlignLayer`.
             offset_std: standard deviation of the micro-network's initial weights. With the paper's
                 0.01 initial offsets are of the order of 3e-5 cells, with 0.1 of 0.02.
+            offset_init: "gaussian" (paper), or "box": the network starts as the function that
+                ``ROIConvAlign`` computes, see :func:`init_micro_network`.
+            anchor_scale: side of the anchors in cells; for "box" only.
+
+        Raises:
+            ValueError: ``offset_init`` is unknown.
         """
         super().__init__(channels=channels, kernel_size=kernel_size)
         self.micro_network = nn.Sequential(
@@ -170,12 +186,17 @@ class GuidedAlign(AlignLayer):
         )
         for layer in self.micro_network[::2]:
             init_gaussian(layer, std=offset_std)
+        if choice("S_HEAD.OFFSET_INIT", offset_init, {"gaussian": False, "box": True}):
+            init_micro_network(*self.micro_network[::2], kernel_size, anchor_scale)
 
     @classmethod
     def from_config(cls, cfg, channels, kernel_size):
+        node = cfg.MODEL.MIMICDET
         return {
             **super().from_config(cfg, channels, kernel_size),
-            "offset_std": cfg.MODEL.MIMICDET.S_HEAD.OFFSET_INIT_STD,
+            "offset_std": node.S_HEAD.OFFSET_INIT_STD,
+            "offset_init": node.S_HEAD.OFFSET_INIT,
+            "anchor_scale": node.REFINE.BASE_SCALE,
         }
 
     def offsets(self, features, deltas):
@@ -219,4 +240,13 @@ def init_he(layer: nn.Module) -> None:
     A ReLU after the layer then leaves the scale of its input, whatever the width.
     """
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    nn.init.zeros_(layer.bias)
+
+
+def init_xavier(layer: nn.Module) -> None:
+    """Draw ``layer.weight`` from U with variance 1 / fan_in and set ``layer.bias`` to 0.
+
+    As the T-head's fully connected layers (``c2_xavier_fill``).
+    """
+    nn.init.kaiming_uniform_(layer.weight, a=1)
     nn.init.zeros_(layer.bias)

@@ -83,12 +83,16 @@ def _add_heads(node: CN) -> None:
     # MODEL.ROI_BOX_HEAD.FC_DIM and must be as many when there is a mimic loss. Paper.
     node.S_HEAD.FEAT_DIM = 1024
     # Initial weights of alignment and feature layers: "gaussian", N(0, 0.01) (paper), or "he",
-    # N(0, sqrt(2 / fan_in)) (ours, for narrow networks: from the pyramid to the logits the former
-    # shrinks the scale about 50 times at the paper's widths, about 400 times at a quarter of them).
+    # N(0, sqrt(2 / fan_in)), or "xavier", variance 1 / fan_in, as the T-head's (both ours, for narrow
+    # networks: from the pyramid to the logits the first one shrinks the scale about 50 times at the
+    # paper's widths, about 400 times at a quarter of them).
     node.S_HEAD.INIT = "gaussian"
     # Standard deviation of the initial weights of the offset micro-network. Paper: 0.01, with which
     # offsets may hardly leave zero; 0.1 is the alternative (the analogous layer of mmdet).
     node.S_HEAD.OFFSET_INIT_STD = 0.01
+    # Where the micro-network starts: "gaussian" (paper), or "box" (ours), with weights that spread
+    # the taps over the adjusted box, from where they are learnt.
+    node.S_HEAD.OFFSET_INIT = "gaussian"
     # False: gradients flow through the offsets into the refinement's regression. Ours.
     node.S_HEAD.DETACH_DELTAS = True
     # Boxes per image in the classification loss, those with the largest cross-entropy. Paper.

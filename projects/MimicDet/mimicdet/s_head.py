@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kd_d2.losses.precision import full_precision
 
-from .align import AlignLayer, build_align, init_gaussian, init_he
+from .align import AlignLayer, build_align, init_gaussian, init_he, init_xavier
 from .cells import gather_cells
 from .options import choice
 from .outputs import HeadOutput
@@ -22,7 +22,7 @@ from .variants import head_variant
 
 __all__ = ["MimicSHead"]
 
-_INITS = {"gaussian": init_gaussian, "he": init_he}
+_INITS = {"gaussian": init_gaussian, "he": init_he, "xavier": init_xavier}
 
 
 class MimicSHead(nn.Module):
@@ -66,7 +66,7 @@ class MimicSHead(nn.Module):
             split: whether classification and regression have a projection each.
             feature_dim: D, width of the projections.
             init: initial weights of alignment and projections: "gaussian", N(0, 0.01) as in the
-                paper, or "he", N(0, sqrt(2 / fan_in)).
+                paper, "he", N(0, sqrt(2 / fan_in)), or "xavier", variance 1 / fan_in.
             detach_deltas: no gradient reaches the refinement module through the offsets.
             gather_first: run the 1x1 layers on the given boxes only instead of on all cells.
                 Results are equal.
