@@ -16,6 +16,7 @@ from kd_d2.projects.mimicdet.align import (
     ROIConvAlign,
     build_align,
 )
+from kd_d2.projects.mimicdet.box_init import init_micro_network
 from kd_d2.projects.mimicdet.offsets import box_offsets, offset_statistics
 
 RAMP = (100.0 * torch.arange(12)[:, None] + torch.arange(12.0))[None, None]
@@ -230,6 +231,47 @@ def test_initial_weights(std):
     offsets = layer.offsets(torch.zeros(1, 64, 40, 40), 0.3 * torch.randn(1, 4, 40, 40))
     rms = offset_statistics([offsets])["rms"].item()
     assert {0.01: 3e-6, 0.1: 3e-3}[std] < rms < {0.01: 1e-4, 0.1: 0.1}[std]
+
+
+@pytest.mark.parametrize("kernel_size, scale", [(3, 4.0), (5, 2.0)])
+def test_micro_network_that_starts_on_the_box(kernel_size, scale):
+    torch.manual_seed(0)
+    options = {"channels": 2, "kernel_size": kernel_size, "anchor_scale": scale}
+    guided, fixed = GuidedAlign(offset_init="box", **options), ROIConvAlign(**options)
+    guided.conv.load_state_dict(fixed.conv.state_dict())
+    deltas = 2 * torch.rand(2, 4, 7, 9) - 1
+    features = torch.randn(2, 2, 7, 9)
+    expected = fixed.offsets(features, deltas)
+    offsets = guided.offsets(features, deltas)
+    torch.testing.assert_close(offsets, expected, atol=0.01 * scale + 0.015, rtol=0)
+    assert expected.abs().max() > scale / 2
+    # at the knots nothing is interpolated, and what is left over of the network is noise
+    knots = torch.tensor([-1.0, -0.25, 0.0, 0.5])[torch.randint(4, (2, 4, 7, 9))]
+    expected = fixed.offsets(features, knots)
+    torch.testing.assert_close(guided.offsets(features, knots), expected, atol=0.015, rtol=0)
+    torch.testing.assert_close(guided(features, knots), fixed(features, knots), atol=0.01, rtol=0)
+    # it is learnt like any other
+    guided(features, deltas).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in guided.micro_network.parameters())
+
+
+def test_start_of_the_micro_network_comes_from_the_config():
+    cfg = get_cfg()
+    cfg.MODEL.MIMICDET.S_HEAD.OFFSET_INIT = "box"
+    cfg.MODEL.MIMICDET.REFINE.BASE_SCALE = 2.0
+    deltas = torch.zeros(1, 4, 1, 1)
+    for size in (3, 5):
+        offsets = build_align(cfg, channels=2, kernel_size=size).offsets(deltas, deltas)
+        torch.testing.assert_close(offsets, box_offsets(deltas, size, 2.0), atol=0.015, rtol=0)
+    cfg.MODEL.MIMICDET.S_HEAD.OFFSET_INIT = "roi"
+    with pytest.raises(ValueError, match="S_HEAD.OFFSET_INIT.*box.*gaussian.*'roi'"):
+        build_align(cfg, channels=2, kernel_size=3)
+
+
+def test_too_narrow_a_micro_network():
+    layers = [torch.nn.Conv2d(4, 16, 1), torch.nn.Conv2d(16, 128, 1), torch.nn.Conv2d(128, 18, 1)]
+    with pytest.raises(ValueError, match="28 and 6 hidden channels, got 16 and 128"):
+        init_micro_network(*layers, 3, 4.0)
 
 
 @pytest.mark.parametrize("name", ["conv", "deform", "guided", "roiconv"])

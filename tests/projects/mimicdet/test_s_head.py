@@ -338,13 +338,15 @@ def test_scale_of_the_logits_by_initialisation():
     for width in (256, 64):
         # variance 2 before the last ReLU, as behind any layer of this kind
         assert shrinkage(width, 4 * width, "he")[1] == pytest.approx(2**0.5, rel=0.15)
+        # a ReLU between two layers halves the second moment
+        assert shrinkage(width, 4 * width, "xavier")[1] == pytest.approx(0.5**0.5, rel=0.15)
     assert paper_features < 0.1 and quarter_features < 0.03
 
 
 def test_unknown_initialisation():
     cfg = get_cfg()
     cfg.MODEL.MIMICDET.S_HEAD.INIT = "uniform"
-    with pytest.raises(ValueError, match="S_HEAD.INIT.*gaussian.*he.*'uniform'"):
+    with pytest.raises(ValueError, match="S_HEAD.INIT.*gaussian.*he.*xavier.*'uniform'"):
         MimicSHead(cfg, [ShapeSpec(channels=16)] * 5)
 
 
