@@ -68,6 +68,8 @@ def _add_heads(node: CN) -> None:
     # Level a box is pooled from: "origin" (entry i of MODEL.ROI_HEADS.IN_FEATURES for an anchor of
     # entry i of MODEL.RPN.IN_FEATURES) or "area" (Detectron2's rule). Ours, read from Sec. 3.3.
     node.T_HEAD.LEVEL_ASSIGN = "origin"
+    # As S_HEAD.PRIOR_PROB.
+    node.T_HEAD.PRIOR_PROB = 0.0
 
     node.S_HEAD = CN()
     # False: only the two-stage detector is trained (the separate teacher of Table 5). Needs
@@ -87,6 +89,10 @@ def _add_heads(node: CN) -> None:
     # networks: from the pyramid to the logits the first one shrinks the scale about 50 times at the
     # paper's widths, about 400 times at a quarter of them).
     node.S_HEAD.INIT = "gaussian"
+    # Initial probability of an object of any class, in [0, 1), by the bias of the background's logit;
+    # 0: that bias starts from 0 (paper), all K + 1 answers alike. Short runs need about the share of
+    # positives, 0.25: otherwise learning that most boxes are background undoes the layers below.
+    node.S_HEAD.PRIOR_PROB = 0.0
     # Standard deviation of the initial weights of the offset micro-network. Paper: 0.01, with which
     # offsets may hardly leave zero; 0.1 is the alternative (the analogous layer of mmdet).
     node.S_HEAD.OFFSET_INIT_STD = 0.01

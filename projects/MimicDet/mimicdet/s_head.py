@@ -17,6 +17,7 @@ from .align import AlignLayer, build_align, init_gaussian, init_he, init_xavier
 from .cells import gather_cells
 from .options import choice
 from .outputs import HeadOutput
+from .prior import init_background
 from .rows import hardest_rows, positive_rows
 from .variants import head_variant
 
@@ -45,6 +46,7 @@ class MimicSHead(nn.Module):
         split: bool = True,
         feature_dim: int = 1024,
         init: str = "gaussian",
+        prior_prob: float = 0.0,
         detach_deltas: bool = True,
         gather_first: bool = True,
         cls_topk: int = 128,
@@ -67,6 +69,7 @@ class MimicSHead(nn.Module):
             feature_dim: D, width of the projections.
             init: initial weights of alignment and projections: "gaussian", N(0, 0.01) as in the
                 paper, "he", N(0, sqrt(2 / fan_in)), or "xavier", variance 1 / fan_in.
+            prior_prob: initial probability of an object of any class, see :func:`init_background`.
             detach_deltas: no gradient reaches the refinement module through the offsets.
             gather_first: run the 1x1 layers on the given boxes only instead of on all cells.
                 Results are equal.
@@ -95,6 +98,7 @@ class MimicSHead(nn.Module):
             initialise(layer)
         for layer in (self.cls_score, self.bbox_pred):
             init_gaussian(layer)
+        init_background(self.cls_score, prior_prob, "S_HEAD.PRIOR_PROB")
 
         self.num_classes = num_classes
         self.detach_deltas = detach_deltas
@@ -138,6 +142,7 @@ class MimicSHead(nn.Module):
             "split": head_variant(cfg).split,
             "feature_dim": node.FEAT_DIM,
             "init": node.INIT,
+            "prior_prob": node.PRIOR_PROB,
             "detach_deltas": node.DETACH_DELTAS,
             "gather_first": node.GATHER_FIRST,
             "cls_topk": node.CLS_TOPK,

@@ -14,6 +14,7 @@ from kd_d2.losses.precision import full_precision
 
 from .outputs import HeadOutput
 from .pooler import LevelROIPooler
+from .prior import init_background
 from .variants import head_variant
 
 __all__ = ["MimicTHead", "TwoFeatureOutputLayers"]
@@ -34,7 +35,8 @@ class MimicTHead(ROIHeads):
 
     Initialisation: convolutions and fully connected layers as the paper (He; Detectron2's
     ``c2_msra_fill`` and ``c2_xavier_fill``), predictors N(0, 0.01) and N(0, 0.001) as Detectron2,
-    because He-sized logits of 81 classes start with a large loss (ours).
+    because He-sized logits of 81 classes start with a large loss (ours). ``prior_prob`` sets the
+    background's bias.
     """
 
     @configurable
@@ -45,6 +47,7 @@ class MimicTHead(ROIHeads):
         pooler: LevelROIPooler,
         branches: Sequence[FastRCNNConvFCHead],
         predictor: TwoFeatureOutputLayers,
+        prior_prob: float = 0.0,
         **kwargs,
     ):
         """
@@ -54,6 +57,7 @@ class MimicTHead(ROIHeads):
             branches: one for both predictions, or those of classification and regression; each
                 ends with a ReLU.
             predictor: class-agnostic in its deltas.
+            prior_prob: initial probability of an object of any class, see :func:`init_background`.
             kwargs: of ``ROIHeads``; they matter in :meth:`forward` only.
         """
         super().__init__(**kwargs)
@@ -61,6 +65,7 @@ class MimicTHead(ROIHeads):
         self.pooler = pooler
         self.branches = nn.ModuleList(branches)
         self.predictor = predictor
+        init_background(predictor.cls_score, prior_prob, "T_HEAD.PRIOR_PROB")
 
     @classmethod
     def from_config(cls, cfg, input_shape: Dict[str, ShapeSpec]):
@@ -106,6 +111,7 @@ class MimicTHead(ROIHeads):
                 for branch in head_variant(cfg).branches
             ],
             "predictor": TwoFeatureOutputLayers(cfg, ShapeSpec(channels=box_head.FC_DIM)),
+            "prior_prob": cfg.MODEL.MIMICDET.T_HEAD.PRIOR_PROB,
         }
 
     @property
