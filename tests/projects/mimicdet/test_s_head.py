@@ -343,6 +343,24 @@ def test_scale_of_the_logits_by_initialisation():
     assert paper_features < 0.1 and quarter_features < 0.03
 
 
+def test_initial_probability_of_an_object():
+    cfg = get_cfg()
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 7
+    cfg.MODEL.MIMICDET.S_HEAD.FEAT_DIM = 32
+    cfg.MODEL.MIMICDET.S_HEAD.PRIOR_PROB = 0.25
+    head = MimicSHead(cfg, [ShapeSpec(channels=16)] * 5)
+    probabilities = head.cls_score.bias.softmax(dim=0)
+    expected = torch.tensor([0.25 / 7] * 7 + [0.75])
+    torch.testing.assert_close(probabilities, expected)
+    boxes = Instances((96, 96), anchor_index=torch.arange(144))
+    output = head.predict([torch.randn(1, 16, 12, 12)], [boxes])
+    assert (output.logits.softmax(dim=1)[:, -1] - 0.75).abs().max() < 0.05
+    for value in (-0.1, 1.0):
+        cfg.MODEL.MIMICDET.S_HEAD.PRIOR_PROB = value
+        with pytest.raises(ValueError, match=r"S_HEAD.PRIOR_PROB must be in \[0, 1\), got"):
+            MimicSHead(cfg, [ShapeSpec(channels=16)] * 5)
+
+
 def test_unknown_initialisation():
     cfg = get_cfg()
     cfg.MODEL.MIMICDET.S_HEAD.INIT = "uniform"

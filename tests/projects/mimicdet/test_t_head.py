@@ -285,12 +285,21 @@ def test_number_of_parameters_with_256_channels(variant, millions):
     assert [x.spatial_scale for x in head.pooler.level_poolers] == [2**-i for i in range(2, 7)]
 
 
+def test_initial_probability_of_an_object():
+    cfg = _paper_cfg(**{"MODEL.MIMICDET.T_HEAD.PRIOR_PROB": 0.2, "MODEL.ROI_HEADS.NUM_CLASSES": 4})
+    cfg.MODEL.ROI_BOX_HEAD.CONV_DIM = cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 8
+    head = build_roi_heads(cfg, {f"p{i}": ShapeSpec(channels=8, stride=2**i) for i in range(2, 8)})
+    expected = torch.tensor([0.05] * 4 + [0.8])
+    torch.testing.assert_close(head.predictor.cls_score.bias.softmax(dim=0), expected)
+
+
 @pytest.mark.parametrize(
     "key, value, message",
     [
         ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False, "CLS_AGNOSTIC_BBOX_REG is False"),
         ("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3"], r"ROI_HEADS.IN_FEATURES \['p2', 'p3'\]"),
         ("MODEL.MIMICDET.T_HEAD.VARIANT", "big", "T_HEAD.VARIANT .*'dual', 'heavy', 'light'.*big"),
+        ("MODEL.MIMICDET.T_HEAD.PRIOR_PROB", 1.0, r"T_HEAD.PRIOR_PROB must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_bad_values_name_the_key(key, value, message):
