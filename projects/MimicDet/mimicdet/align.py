@@ -162,6 +162,7 @@ class GuidedAlign(AlignLayer):
         kernel_size: int,
         offset_std: float = 0.01,
         offset_init: str = "gaussian",
+        offset_lr_factor: float = 1.0,
         anchor_scale: float = 4.0,
     ):
         """
@@ -171,11 +172,18 @@ class GuidedAlign(AlignLayer):
                 0.01 initial offsets are of the order of 3e-5 cells, with 0.1 of 0.02.
             offset_init: "gaussian" (paper), or "box": the network starts as the function that
                 ``ROIConvAlign`` computes, see :func:`init_micro_network`.
+            offset_lr_factor: of the gradient at the offsets, hence of the micro-network's learning
+                rate.
             anchor_scale: side of the anchors in cells; for "box" only.
 
         Raises:
-            ValueError: ``offset_init`` is unknown.
+            ValueError: ``offset_init`` is unknown, or the factor negative.
         """
+        if offset_lr_factor < 0:
+            raise ValueError(
+                "MODEL.MIMICDET.S_HEAD.OFFSET_LR_FACTOR must not be negative, got "
+                f"{offset_lr_factor}"
+            )
         super().__init__(channels=channels, kernel_size=kernel_size)
         self.micro_network = nn.Sequential(
             nn.Conv2d(4, 64, 1),
@@ -188,6 +196,7 @@ class GuidedAlign(AlignLayer):
             init_gaussian(layer, std=offset_std)
         if choice("S_HEAD.OFFSET_INIT", offset_init, {"gaussian": False, "box": True}):
             init_micro_network(*self.micro_network[::2], kernel_size, anchor_scale)
+        self.offset_lr_factor = offset_lr_factor
 
     @classmethod
     def from_config(cls, cfg, channels, kernel_size):
@@ -196,11 +205,15 @@ class GuidedAlign(AlignLayer):
             **super().from_config(cfg, channels, kernel_size),
             "offset_std": node.S_HEAD.OFFSET_INIT_STD,
             "offset_init": node.S_HEAD.OFFSET_INIT,
+            "offset_lr_factor": node.S_HEAD.OFFSET_LR_FACTOR,
             "anchor_scale": node.REFINE.BASE_SCALE,
         }
 
     def offsets(self, features, deltas):
-        return self.micro_network(deltas)
+        offsets = self.micro_network(deltas)
+        if offsets.requires_grad and self.offset_lr_factor != 1:
+            offsets.register_hook(lambda gradient: gradient * self.offset_lr_factor)
+        return offsets
 
 
 @register_align("roiconv")

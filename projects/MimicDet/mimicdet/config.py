@@ -99,6 +99,9 @@ def _add_heads(node: CN) -> None:
     # Where the micro-network starts: "gaussian" (paper), or "box" (ours), with weights that spread
     # the taps over the adjusted box, from where they are learnt.
     node.S_HEAD.OFFSET_INIT = "gaussian"
+    # Factor of the gradient at the micro-network's offsets, hence of its learning rate. Paper: 1. From
+    # "box" it needs about 0.1, or the first iterations move the taps away from the boxes again.
+    node.S_HEAD.OFFSET_LR_FACTOR = 1.0
     # False: gradients flow through the offsets into the refinement's regression. Ours.
     node.S_HEAD.DETACH_DELTAS = True
     # Boxes per image in the classification loss, those with the largest cross-entropy. Paper.
