@@ -268,6 +268,26 @@ def test_start_of_the_micro_network_comes_from_the_config():
         build_align(cfg, channels=2, kernel_size=3)
 
 
+def test_learning_rate_factor_scales_the_gradient_of_the_micro_network_alone():
+    gradients = {}
+    for factor in (1.0, 0.1):
+        torch.manual_seed(0)
+        layer = GuidedAlign(
+            channels=2, kernel_size=3, offset_init="box", offset_lr_factor=factor
+        ).double()
+        torch.manual_seed(1)
+        features = torch.randn(1, 2, 6, 6, dtype=torch.double)
+        deltas = 0.2 * torch.randn(1, 4, 6, 6, dtype=torch.double)
+        layer(features, deltas).square().sum().backward()
+        gradients[factor] = {name: p.grad for name, p in layer.named_parameters()}
+    for name, gradient in gradients[1.0].items():
+        factor = 0.1 if name.startswith("micro_network") else 1.0
+        assert gradient.abs().sum() > 0
+        torch.testing.assert_close(gradients[0.1][name], factor * gradient)
+    with pytest.raises(ValueError, match="S_HEAD.OFFSET_LR_FACTOR must not be negative, got -1"):
+        GuidedAlign(channels=2, kernel_size=3, offset_lr_factor=-1)
+
+
 def test_too_narrow_a_micro_network():
     layers = [torch.nn.Conv2d(4, 16, 1), torch.nn.Conv2d(16, 128, 1), torch.nn.Conv2d(128, 18, 1)]
     with pytest.raises(ValueError, match="28 and 6 hidden channels, got 16 and 128"):
