@@ -82,11 +82,11 @@ def _inventory(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from .check import FAILED, check_config
+    from .check import FAILED, SKIPPED, check_config
 
     title = args.config_file or "the default config"
     print(f"check of {title}", flush=True)
-    errors = []
+    errors, skipped = [], []
     for finding in check_config(
         args.config_file, args.opts, data=not args.skip_data, step=not args.skip_step
     ):
@@ -94,9 +94,12 @@ def _check(args: argparse.Namespace) -> int:
         print("".join(f"             {line}\n" for line in _lines(finding)), end="", flush=True)
         if finding.status == FAILED:
             errors.append(finding.lines[0])
+        if finding.status == SKIPPED:
+            skipped.append(finding.name)
     if errors:
         return _failed(errors[0])
-    print(f"OK: {title} would train here")
+    unseen = f", as far as was looked (not: {', '.join(skipped)})" if skipped else ""
+    print(f"OK: {title} would train here{unseen}")
     return 0
 
 

@@ -135,6 +135,9 @@ def test_teacher_with_other_classes(toy, tmp_path, capsys):
     assert (status, errors) == (0, "")
     assert re.search(r"  warning  student, teacher.*warning: class lists differ", report, re.S)
     assert "skipped  a training step" in report
+    assert report.endswith(
+        "would train here, as far as was looked (not: a training step on noise)\n"
+    )
 
 
 def test_teacher_whose_keys_do_not_fit(toy, tmp_path, capsys):
