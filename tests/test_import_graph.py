@@ -38,7 +38,7 @@ ALLOWED = {
     "projects": set(),
     "project": {
         *("analysis", "baselines", "blocks", "distillation", "losses", "modeling", "config"),
-        *("checkpoint", "data", "evaluation", "visualization"),
+        *("checkpoint", "data", "evaluation", "visualization", "export"),
     },
 }
 # libraries outside of the repository; units that are not listed may import any

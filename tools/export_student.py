@@ -1,22 +1,58 @@
 #!/usr/bin/env python
-"""Write the trained student alone: weights and config for a plain Detectron2.
+"""Write the trained student alone: for a plain Detectron2, for ONNX runtimes, for TorchScript.
 
     python tools/export_student.py --weights output/run --output exported
     python tools/export_student.py --config-file configs/x.yaml --weights model_final.pth \
         --output exported MODEL.DEVICE cpu
+    python tools/export_student.py --weights output/run --formats onnx torchscript \
+        --images photo1.jpg photo2.jpg --output exported
 
-``exported/model_student.pth`` and ``exported/config.yaml`` are read back and compared with the
-checkpoint before the tool reports success. Students whose components are all Detectron2's own
-(RetinaNet, R-CNN) need no kd_d2 afterwards; for others the tool says what to import.
+``exported/model_student.pth`` and ``exported/config.yaml`` are always written. They are read back
+and compared with the checkpoint before the tool reports success. Students whose components are all
+Detectron2's own (RetinaNet, R-CNN) need no kd_d2 afterwards; for others the tool says what to
+import.
+
+``model_student.onnx`` and ``model_student.ts`` need neither. They are functions of pixels in
+INPUT.FORMAT, (N, 3, H, W), from 0 to 255, already resized (metadata of the file: min_size_test,
+max_size_test), images of a batch of one size. N, H and W are free; normalisation, padding, decoding
+and non-maximum suppression are inside. Results are padded to D = TEST.DETECTIONS_PER_IMAGE:
+
+    num_detections  int64 (N)          rows beyond it are padding
+    boxes           float (N, D, 4)    x1, y1, x2, y2 in pixels of the input, best first
+    scores          float (N, D)
+    classes         int64 (N, D)       0..K-1, names in the metadata
+
+Both are run on --images, one by one and as a batch of another size, and compared with the detector
+in PyTorch; a file that detects anything else is not written. Detectors: RetinaNet, FCOS, GFL, ATSS,
+Faster R-CNN (FPN, C4 and Cascade, boxes only) and MimicDet. ONNX files take pixels of --input-type,
+TorchScript files of any type (loading them needs `import torchvision`).
 """
 
 import argparse
+import logging
 import os
 import sys
-from typing import Optional, Sequence
+from typing import List, Optional, Sequence
+
+from detectron2.data import MetadataCatalog
+from torch import Tensor
 
 from kd_d2.checkpoint import MissingFileError
-from kd_d2.export import CONFIG_NAME, Export, export_student, find_checkpoint
+from kd_d2.export import (
+    CONFIG_NAME,
+    GRAPH_FORMATS,
+    INPUT_TYPES,
+    Export,
+    Tolerance,
+    build_student,
+    check_request,
+    export_student,
+    find_checkpoint,
+    read_images,
+    write_graphs,
+)
+
+FORMATS = ("pth", "safetensors", *GRAPH_FORMATS)
 
 
 def parse_arguments(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -37,15 +73,56 @@ def parse_arguments(arguments: Optional[Sequence[str]] = None) -> argparse.Names
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write")
     parser.add_argument(
-        "--safetensors", action="store_true", help="also write model_student.safetensors"
+        "--formats",
+        nargs="+",
+        choices=FORMATS,
+        default=["pth"],
+        help="what to write besides model_student.pth and the config",
+    )
+    parser.add_argument(
+        "--safetensors", action="store_true", help="the same as safetensors among --formats"
+    )
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="images to compare ONNX and TorchScript files with the detector on",
+    )
+    parser.add_argument(
+        "--no-check", action="store_true", help="write these files without a comparison"
+    )
+    parser.add_argument(
+        "--box-tolerance",
+        type=float,
+        default=Tolerance().box,
+        metavar="PX",
+        help="largest difference of a coordinate (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--score-tolerance",
+        type=float,
+        default=Tolerance().score,
+        metavar="S",
+        help="largest difference of a score (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--input-type",
+        choices=list(INPUT_TYPES),
+        default="uint8",
+        help="type of the pixels that an ONNX file takes (default: %(default)s)",
     )
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
         metavar="KEY VALUE",
-        help="overrides of config keys, separated by spaces, after all options",
+        help="overrides of config keys, separated by spaces, after all options and, if the last "
+        "option takes several values, after --",
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    # Python versions differ in whether they leave it there.
+    args.opts = args.opts[1:] if args.opts[:1] == ["--"] else args.opts
+    return args
 
 
 def describe(export: Export) -> str:
@@ -67,11 +144,47 @@ def describe(export: Export) -> str:
     return "\n".join(lines)
 
 
+def export_graphs(
+    args: argparse.Namespace, export: Export, formats: List[str], images: List[Tensor]
+) -> List[str]:
+    """Write the graphs of the exported student; a line for each."""
+    cfg, model = build_student(args.output, export.packages)
+    files = write_graphs(
+        cfg,
+        model,
+        args.output,
+        formats,
+        images,
+        check=not args.no_check,
+        tolerance=Tolerance(args.box_tolerance, args.score_tolerance),
+        classes=export.classes or class_names(cfg),
+        input_type=args.input_type,
+    )
+    return [
+        f"wrote {x.path} ({os.path.getsize(x.path) / 1e6:.2f} MB), "
+        + (f"checked: {x.comparison.describe()}" if x.comparison else "not checked")
+        for x in files
+    ]
+
+
+def class_names(cfg) -> List[str]:
+    """Those of the data sets of the config, empty if they are unknown."""
+    from kd_d2.data import register_all
+
+    register_all()
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        classes = MetadataCatalog.get(name).get("thing_classes", None)
+        if classes:
+            return list(classes)
+    return []
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> Export:
     """Export as the command line says.
 
     Raises:
-        ValueError, ImportError: see :func:`kd_d2.export.export_student`.
+        ValueError, ImportError: see :func:`kd_d2.export.export_student` and
+            :func:`kd_d2.export.write_graphs`.
     """
     # Imported here: --help is quick, and the projects register their components.
     from kd_d2.engine.main import build_config
@@ -83,14 +196,25 @@ def main(arguments: Optional[Sequence[str]] = None) -> Export:
         raise MissingFileError(
             f"There is no {config_file}: give the config of the run as --config-file."
         )
+    cfg = build_config(config_file, args.opts)
+    graphs = [name for name in GRAPH_FORMATS if name in args.formats]
+    check_request(graphs, args.images, not args.no_check)
+    images = read_images(cfg, args.images)
     export = export_student(
-        build_config(config_file, args.opts), weights, args.output, args.safetensors
+        cfg,
+        weights,
+        args.output,
+        args.safetensors or "safetensors" in args.formats,
     )
-    print(describe(export))
+    print(describe(export), flush=True)
+    if graphs:
+        print("\n".join(export_graphs(args, export, graphs, images)))
     return export
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("kd_d2.export").setLevel(logging.INFO)
     try:
         main()
     except (ValueError, OSError, ImportError) as error:

@@ -11,6 +11,7 @@ from .reduce import reduce_mean
 from .scale import Scale
 from .score_factor import apply_score_factor
 from .ssd_matcher import SSDMatcher
+from .topk import bounded_topk
 from .valid_anchors import valid_anchor_mask
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "apply_score_factor",
     "atss_candidates",
     "atss_threshold",
+    "bounded_topk",
     "centerness",
     "crop_boxes",
     "paired_iou",

@@ -180,11 +180,12 @@ class ATSSAssignedDetector(DenseDetector):
         """Scores by which detections are chosen and ranked.
 
         Args:
-            predictions: raw outputs of the head for one image, transposed to (Ri, K) or (Ri, 1),
-                without the boxes: logits, and what else the head predicts.
+            predictions: raw outputs of the head, transposed to (..., Ri, K) or (..., Ri, 1), of
+                one image or of several, without the boxes: logits, and what else the head
+                predicts.
 
         Returns:
-            Per level (Ri, K); only scores above 0 are detections.
+            Per level (..., Ri, K); only scores above 0 are detections.
         """
         raise NotImplementedError
 

@@ -471,7 +471,7 @@ class FCOS(DenseDetector):
         logits, deltas, *ctr = self._transpose(predictions)
         results = []
         for index, image_size in enumerate(images.image_sizes):
-            scores, threshold = self._scores(
+            scores, threshold = self.scores(
                 [x[index] for x in logits], [[x[index] for x in levels] for levels in ctr]
             )
             results.append(
@@ -481,8 +481,16 @@ class FCOS(DenseDetector):
             )
         return results
 
-    def _scores(self, logits: List[Tensor], ctr: List[List[Tensor]]) -> Tuple[List[Tensor], float]:
-        # Per level (Ri, K) scores, and the threshold that is still to be applied to them.
+    def scores(self, logits: List[Tensor], ctr: List[List[Tensor]]) -> Tuple[List[Tensor], float]:
+        """Scores by which detections are chosen and ranked.
+
+        Args:
+            logits: per level (..., Ri, K), of one image or of several.
+            ctr: the centerness logits, (..., Ri, 1) per level, in a list; empty: there is none.
+
+        Returns:
+            per level (..., Ri, K), and the threshold that is still to be applied to them.
+        """
         scores = [x.sigmoid() for x in logits]
         if not ctr:
             return scores, self.test_score_thresh

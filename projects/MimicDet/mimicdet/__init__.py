@@ -2,6 +2,7 @@
 
 from .config import add_mimicdet_config
 from .distiller import MimicDetTeacher
+from .graph import MimicDetGraph
 from .labels import ProposalLabeler
 from .mimicdet import MimicDet
 from .refinement import RefinementModule, RefinementOutput
@@ -10,6 +11,7 @@ from .tap import MimicDetTap
 
 __all__ = [
     "MimicDet",
+    "MimicDetGraph",
     "MimicDetTap",
     "MimicDetTeacher",
     "RefinementModule",

@@ -62,6 +62,8 @@ class AlignLayer(nn.Module):
 
     # whether the offsets have parameters of their own
     learns_offsets = False
+    # the operator; an exporter sets one that its runtime has
+    deform_conv = staticmethod(deform_conv2d)
 
     @configurable
     def __init__(self, *, channels: int, kernel_size: int):
@@ -109,7 +111,7 @@ class AlignLayer(nn.Module):
     def _convolve(self, features: Tensor, deltas: Tensor) -> Tensor:
         offsets = self.offsets(features, deltas)
         conv = self.conv
-        return deform_conv2d(features, offsets, conv.weight, conv.bias, padding=conv.padding)
+        return self.deform_conv(features, offsets, conv.weight, conv.bias, padding=conv.padding)
 
 
 @register_align("conv")

@@ -62,6 +62,5 @@ def gather_cells(maps: List[Tensor], anchor_index: List[Tensor]) -> Tensor:
         anchor_index: flat numbers of cells, (R_n,) int64 for each of the N images.
     """
     rows = torch.cat([x.flatten(2) for x in maps], dim=2)
-    counts = torch.as_tensor([len(x) for x in anchor_index], device=rows.device)
-    image = torch.arange(len(anchor_index), device=rows.device).repeat_interleave(counts)
+    image = torch.cat([torch.full_like(x, i) for i, x in enumerate(anchor_index)])
     return rows[image, :, torch.cat(anchor_index)]

@@ -177,18 +177,33 @@ class RefinementModule(RPN):
         """
         if self.training and gt_instances is None:
             raise ValueError("the refinement module needs gt_instances in training")
-        levels = [features[name] for name in self.in_features]
-        anchors = self.anchor_generator(levels)
-        logits, deltas = self.rpn_head(levels)
-        # one anchor per cell: (N, 1, H, W) -> (N, HW), (N, 4, H, W) -> (N, HW, 4)
-        flat_logits = [full_precision(x).flatten(1) for x in logits]
-        flat_deltas = [full_precision(x).flatten(2).transpose(1, 2) for x in deltas]
+        anchors, deltas, flat_logits, flat_deltas = self.predict(features)
         losses = {}
         if self.training:
             labels, gt_boxes = self.label_and_sample_anchors(anchors, gt_instances)
             losses = self.losses(anchors, flat_logits, labels, flat_deltas, gt_boxes)
         proposals = self.predict_proposals(anchors, flat_logits, flat_deltas, images.image_sizes)
         return RefinementOutput(proposals, losses, deltas, anchors)
+
+    def predict(
+        self, features: Dict[str, Tensor]
+    ) -> Tuple[List[Boxes], List[Tensor], List[Tensor], List[Tensor]]:
+        """Return anchors and predictions of each level, before any box is chosen.
+
+        Args:
+            features: (N, C, H, W) maps by name.
+
+        Returns:
+            anchors, H * W of them; raw deltas, (N, 4, H, W); and in fp32 logits, (N, HW), and the
+            same deltas, (N, HW, 4).
+        """
+        levels = [features[name] for name in self.in_features]
+        anchors = self.anchor_generator(levels)
+        logits, deltas = self.rpn_head(levels)
+        # one anchor per cell: (N, 1, H, W) -> (N, HW), (N, 4, H, W) -> (N, HW, 4)
+        flat_logits = [full_precision(x).flatten(1) for x in logits]
+        flat_deltas = [full_precision(x).flatten(2).transpose(1, 2) for x in deltas]
+        return anchors, deltas, flat_logits, flat_deltas
 
     @torch.no_grad()
     def label_and_sample_anchors(
@@ -265,6 +280,12 @@ class RefinementModule(RPN):
         }
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 
+    @property
+    def num_proposals(self) -> int:
+        """Most boxes of an image in evaluation mode, where there is no NMS."""
+        # the smaller of both limits; 0 is none
+        return min(self.post_nms_topk[False], self.pre_nms_topk[False] or math.inf)
+
     @torch.no_grad()
     def predict_proposals(
         self,
@@ -300,8 +321,7 @@ class RefinementModule(RPN):
         if self.training:
             options.update(nms_thresh=self.nms_thresh, nms_scope=self._nms_scope)
         else:
-            # without NMS in between, the smaller of both limits; 0 is none
-            options["limit_before"] = min(options["limit"], options["limit_before"] or math.inf)
+            options["limit_before"] = self.num_proposals
         return [
             select_boxes(boxes[i], logits[i], level, size, **options)
             for i, size in enumerate(image_sizes)

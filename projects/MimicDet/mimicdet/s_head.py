@@ -111,7 +111,9 @@ class MimicSHead(nn.Module):
             "smooth_l1_beta": smooth_l1_beta,
         }
         self.box_reg_loss_weight = box_reg_loss_weight
-        self._detection = (test_score_thresh, test_nms_thresh, test_topk_per_image)
+        self.test_score_thresh = test_score_thresh
+        self.test_nms_thresh = test_nms_thresh
+        self.test_topk_per_image = test_topk_per_image
 
     @classmethod
     def from_config(cls, cfg, input_shape: Sequence[ShapeSpec]):
@@ -249,7 +251,9 @@ class MimicSHead(nn.Module):
             boxes.split(num_boxes),
             output.logits.softmax(dim=-1).split(num_boxes),
             [x.image_size for x in proposals],
-            *self._detection,
+            self.test_score_thresh,
+            self.test_nms_thresh,
+            self.test_topk_per_image,
         )
         return detections
 

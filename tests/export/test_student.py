@@ -16,7 +16,7 @@ from kd_d2.checkpoint import KDCheckpointer
 from kd_d2.config import CONFIG_NODES, get_cfg
 from kd_d2.export import export_student, needed_packages, student_config
 
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 # Builds the exported student in a process in which importing kd_d2 fails.
 _PLAIN = """

@@ -1,9 +1,9 @@
-"""The trained student alone: its weights and a config, checked to give the same detections."""
+"""The trained student as a checkpoint and a config, checked to give the same detections."""
 
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Iterable, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -35,7 +35,17 @@ from kd_d2.checkpoint import (
 from kd_d2.checkpoint.report import below
 from kd_d2.config import CONFIG_NODES, add_kd_config, get_cfg
 
-__all__ = ["Export", "export_student", "find_checkpoint", "needed_packages", "student_config"]
+__all__ = [
+    "CONFIG_NAME",
+    "Export",
+    "SAFETENSORS_NAME",
+    "WEIGHTS_NAME",
+    "build_student",
+    "export_student",
+    "find_checkpoint",
+    "needed_packages",
+    "student_config",
+]
 
 WEIGHTS_NAME = "model_student.pth"
 SAFETENSORS_NAME = "model_student.safetensors"
@@ -79,6 +89,7 @@ class Export:
         num_parameters: parameters of the exported student.
         num_detections: detections on the test image, equal before and after; 0 says that the
             comparison of detections was empty (that of the weights never is).
+        classes: their names, if the checkpoint has them.
     """
 
     files: List[str]
@@ -86,6 +97,7 @@ class Export:
     dropped: int
     num_parameters: int
     num_detections: int
+    classes: List[str]
 
 
 def export_student(cfg: CfgNode, weights: str, output: str, safetensors: bool = False) -> Export:
@@ -123,7 +135,7 @@ def export_student(cfg: CfgNode, weights: str, output: str, safetensors: bool = 
     allow_unsafe = cfg.KD.ALLOW_UNSAFE_LOAD
     original = _build(cfg)
     training_only = _training_only(original)
-    _load(original, weights, training_only, allow_unsafe)
+    extra = _load(original, weights, training_only, allow_unsafe)
     state = _without(original.state_dict(), training_only)
 
     packages = needed_packages(cfg, original)
@@ -173,7 +185,27 @@ def export_student(cfg: CfgNode, weights: str, output: str, safetensors: bool = 
             p.numel() for name, p in original.named_parameters() if not below(name, training_only)
         ),
         num_detections=len(expected["instances"]) if "instances" in expected else 0,
+        classes=list((extra.get("run_info") or {}).get("classes") or ()),
     )
+
+
+def build_student(folder: str, packages: Sequence[str] = ()) -> Tuple[CfgNode, nn.Module]:
+    """The detector in a folder that :func:`export_student` wrote, on the CPU, in eval mode.
+
+    Args:
+        folder: with config and weights.
+        packages: ``Export.packages``; imported already.
+
+    Returns:
+        config, with its thresholds, and detector.
+    """
+    cfg = get_cfg() if packages else get_plain_cfg()
+    load_yaml_config(cfg, os.path.join(folder, CONFIG_NAME))
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).eval()
+    weights = os.path.join(folder, WEIGHTS_NAME)
+    _load(model, weights, _training_only(model), allow_unsafe=False)
+    return cfg, model
 
 
 def find_checkpoint(path: str) -> str:
@@ -295,9 +327,11 @@ def _nodes(cfg: CfgNode) -> Iterator[CfgNode]:
             yield from _nodes(value)
 
 
-def _load(model: nn.Module, weights: str, training_only: Iterable[str], allow_unsafe: bool) -> None:
+def _load(
+    model: nn.Module, weights: str, training_only: Iterable[str], allow_unsafe: bool
+) -> Dict[str, Any]:
     checkpointer = KDCheckpointer(model, allow_unsafe=allow_unsafe)
-    checkpointer.load(weights)
+    extra = checkpointer.load(weights)
     report = checkpointer.last_report or KeyReport(missing=list(model.state_dict()))
     report = report.without(training_only)
     if not report.ok:
@@ -305,6 +339,7 @@ def _load(model: nn.Module, weights: str, training_only: Iterable[str], allow_un
             f"{weights} does not fit the model of the config, give the --config-file it was "
             f"trained with.\n{report.format()}"
         )
+    return extra
 
 
 def _training_only(model: nn.Module) -> Tuple[str, ...]:
