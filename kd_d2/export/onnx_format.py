@@ -57,6 +57,12 @@ def to_onnx(graph: DetectionGraph, example: Tensor, metadata: Dict[str, str]) ->
             dynamic_axes=free,
         )
     model = onnx.load_from_string(buffer.getvalue())
+    # The exporter loses sight of the sizes that are fixed.
+    for output in model.graph.output:
+        sizes = ["num_images", graph.max_detections, 4]
+        for size, dim in zip(sizes, output.type.tensor_type.shape.dim):
+            dim.Clear()
+            setattr(dim, "dim_param" if isinstance(size, str) else "dim_value", size)
     onnx.helper.set_model_props(model, metadata)
     onnx.checker.check_model(model)
     return model.SerializeToString()

@@ -67,13 +67,23 @@ def test_equal_scores_in_another_order():
     assert compare(other, expected(scores=scores))[2] == ""
 
 
-def test_a_full_list_may_end_differently():
-    other = torch.cat((BOXES[:2], BOXES[2:] + 30))
-    assert compare(found(other, room=3))[2] == ""
-    assert "px" in compare(found(other, room=4))[2]
-    # the second one is far above the end
-    other = torch.cat((BOXES[:1], BOXES[1:] + 30))
-    assert "px" in compare(found(other, room=3))[2]
+def test_a_tenth_of_a_full_list_may_end_differently():
+    """Ten equal boxes of falling score, but for some that are elsewhere."""
+    scores = torch.cat((torch.linspace(0.9, 0.5, 8), torch.tensor([0.3, 0.3])))
+    boxes, classes = BOXES[:1].repeat(10, 1), torch.zeros(10, dtype=torch.long)
+    same = expected(boxes, scores, classes)
+
+    def moved(*rows):
+        other = boxes.clone()
+        other[list(rows)] += 30
+        return other
+
+    assert compare(found(moved(9), scores, classes, room=10), same)[2] == ""
+    assert compare(found(moved(8), scores, classes, room=10), same)[2] == ""
+    # two of them, one that is not at the end, and a list that is not full
+    assert "px" in compare(found(moved(8, 9), scores, classes, room=10), same)[2]
+    assert "px" in compare(found(moved(7), scores, classes, room=10), same)[2]
+    assert "px" in compare(found(moved(9), scores, classes, room=11), same)[2]
 
 
 class Bright(nn.Module):
