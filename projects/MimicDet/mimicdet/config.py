@@ -85,13 +85,13 @@ def _add_heads(node: CN) -> None:
     # MODEL.ROI_BOX_HEAD.FC_DIM and must be as many when there is a mimic loss. Paper.
     node.S_HEAD.FEAT_DIM = 1024
     # Initial weights of alignment and feature layers: "gaussian", N(0, 0.01) (paper), or "he",
-    # N(0, sqrt(2 / fan_in)), or "xavier", variance 1 / fan_in, as the T-head's (both ours, for narrow
-    # networks: from the pyramid to the logits the first one shrinks the scale about 50 times at the
-    # paper's widths, about 400 times at a quarter of them).
+    # N(0, sqrt(2 / fan_in)), or "xavier", variance 1 / fan_in, as the T-head's (both ours, for
+    # narrow networks: from the pyramid to the logits the first one shrinks the scale about 50 times
+    # at the paper's widths, about 400 times at a quarter of them).
     node.S_HEAD.INIT = "gaussian"
-    # Initial probability of an object of any class, in [0, 1), by the bias of the background's logit;
-    # 0: that bias starts from 0 (paper), all K + 1 answers alike. Short runs need about the share of
-    # positives, 0.25: otherwise learning that most boxes are background undoes the layers below.
+    # Initial probability of an object of any class, in [0, 1), by the bias of the background's
+    # logit; 0: that bias starts from 0 (paper), all K + 1 answers alike. In short runs neither head
+    # learnt classes from there, both did from 0.25, the share of positives.
     node.S_HEAD.PRIOR_PROB = 0.0
     # Standard deviation of the initial weights of the offset micro-network. Paper: 0.01, with which
     # offsets may hardly leave zero; 0.1 is the alternative (the analogous layer of mmdet).
@@ -99,8 +99,8 @@ def _add_heads(node: CN) -> None:
     # Where the micro-network starts: "gaussian" (paper), or "box" (ours), with weights that spread
     # the taps over the adjusted box, from where they are learnt.
     node.S_HEAD.OFFSET_INIT = "gaussian"
-    # Factor of the gradient at the micro-network's offsets, hence of its learning rate. Paper: 1. From
-    # "box" it needs about 0.1, or the first iterations move the taps away from the boxes again.
+    # Factor of the gradient at the micro-network's offsets, hence of its learning rate. Paper: 1.
+    # From "box" it needs about 0.1, or the first iterations move the taps off the boxes again.
     node.S_HEAD.OFFSET_LR_FACTOR = 1.0
     # False: gradients flow through the offsets into the refinement's regression. Ours.
     node.S_HEAD.DETACH_DELTAS = True

@@ -11,8 +11,8 @@ def init_background(cls_score: nn.Module, prior_prob: float, key: str) -> None:
     """Set the background's bias so that the classes share ``prior_prob`` while weights are small.
 
     Ours. With biases of zero all K + 1 answers start alike, and the first iterations go into making
-    almost every box background; the layers below are moved along with it, and short runs do not
-    learn to tell classes afterwards (docs/results/mimicdet.md).
+    almost every box background; in short runs no classes were learnt afterwards
+    (docs/results/mimicdet.md).
 
     Args:
         cls_score: layer of K + 1 logits with a bias, the last one the background's.

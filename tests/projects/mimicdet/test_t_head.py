@@ -299,7 +299,7 @@ def test_initial_probability_of_an_object():
         ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False, "CLS_AGNOSTIC_BBOX_REG is False"),
         ("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3"], r"ROI_HEADS.IN_FEATURES \['p2', 'p3'\]"),
         ("MODEL.MIMICDET.T_HEAD.VARIANT", "big", "T_HEAD.VARIANT .*'dual', 'heavy', 'light'.*big"),
-        ("MODEL.MIMICDET.T_HEAD.PRIOR_PROB", 1.0, r"T_HEAD.PRIOR_PROB must be in \[0, 1\), got 1.0"),
+        ("MODEL.MIMICDET.T_HEAD.PRIOR_PROB", 1.0, r"T_HEAD.PRIOR_PROB must be in \[0, 1\)"),
     ],
 )
 def test_bad_values_name_the_key(key, value, message):
