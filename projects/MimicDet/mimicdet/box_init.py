@@ -1,6 +1,5 @@
 """Initial weights with which the offset micro-network spreads the taps over the adjusted box."""
 
-
 import torch
 from torch import Tensor, nn
 

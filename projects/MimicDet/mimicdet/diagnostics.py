@@ -102,5 +102,6 @@ class Diagnostics:
             f"the offsets of the S-head's alignment are nearly the same in all cells (spatial "
             f"standard deviation {spatial_std:.2g} cells at iteration {iteration}, less than "
             f"{_INERT}): they do not follow the adjusted boxes. Set "
-            "MODEL.MIMICDET.S_HEAD.OFFSET_INIT_STD to 0.1 and start again"
+            "MODEL.MIMICDET.S_HEAD.OFFSET_INIT to box and OFFSET_LR_FACTOR to 0.1, or "
+            "OFFSET_INIT_STD to 0.1, and start again"
         )
