@@ -131,7 +131,10 @@ def _list_methods_script():
 
 def _details(script, method) -> str:
     """What ``list_methods.py --method NAME --markdown`` prints, without the heading."""
-    return script.method_details(method, markdown=True).partition("\n")[2] + "\n"
+    text = script.method_details(method, markdown=True).partition("\n")[2] + "\n"
+    # title and summary are lines of one paragraph there
+    title = method.info.title if method.info else ""
+    return text.replace(f"\n{title}\n", f"\n**{title}**\n\n", 1) if title else text
 
 
 def _write(path: Path, text: str) -> None:
