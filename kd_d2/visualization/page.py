@@ -1,7 +1,8 @@
 """Tables in Markdown and a page that shows them with pictures."""
 
-import html
 from typing import Sequence
+
+from .html import element, html_table
 
 __all__ = ["html_page", "markdown_table"]
 
@@ -36,26 +37,18 @@ def html_page(title: str, text: str, table: str, pictures: Sequence[str]) -> str
         pictures: paths relative to the page.
     """
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    cells = [("th", rows[0])] + [("td", row) for row in rows[2:]]
-    body = "\n".join(
-        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-        for tag, row in cells
-    )
-    figures = "\n".join(
-        f'<p><img src="{html.escape(p)}" alt="{html.escape(p)}"></p>' for p in pictures
-    )
+    figures = [element("p", element("img", src=picture, alt=picture)) for picture in pictures]
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
+<html lang="en"><head><meta charset="utf-8">{element("title", title)}
 <style>
 body {{ font-family: sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }}
 table {{ border-collapse: collapse }} th, td {{ border: 1px solid #bbb; padding: .3em .8em }}
-td:not(:first-child) {{ text-align: right }} img {{ max-width: 100% }}
+td {{ text-align: right }} tbody th {{ text-align: left; font-weight: normal }}
+img {{ max-width: 100% }}
 </style></head><body>
-<h1>{html.escape(title)}</h1>
-<p>{html.escape(text)}</p>
-<table>
-{body}
-</table>
-{figures}
+{element("h1", title)}
+{element("p", text)}
+{html_table(rows[0], rows[2:])}
+{"".join(figures)}
 </body></html>
 """
