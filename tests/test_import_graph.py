@@ -35,6 +35,9 @@ ALLOWED = {
     },
     "prediction": {"checkpoint", "data"},
     "doctor": {"analysis", "checkpoint", "data", "distillation", "engine", "projects"},
+    "report": {
+        *("analysis", "checkpoint", "config", "data", "engine", "evaluation", "visualization"),
+    },
     "projects": set(),
     "project": {
         *("analysis", "baselines", "blocks", "distillation", "losses", "modeling", "config"),

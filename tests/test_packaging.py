@@ -83,6 +83,16 @@ def test_wheel_has_every_module_under_its_import_name(checkout, wheel):
     assert Path("kd_d2/projects/toymethod/parts/__init__.py") in modules
 
 
+def test_wheel_has_the_files_that_modules_read(checkout, wheel):
+    ours = {
+        path.relative_to(checkout).as_posix()
+        for path in checkout.glob("kd_d2/**/*.*")
+        if path.suffix in (".css", ".js")
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        assert ours and ours <= set(archive.namelist())
+
+
 def test_wheel_metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))

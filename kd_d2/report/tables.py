@@ -131,9 +131,9 @@ def data_heading(report: Report, index: int, name: str) -> str:
     """Name of a run's data set, with its files if other runs have others under this name."""
     places = {known[name].identity for known in report.test_data if name in known}
     data = report.test_data[index].get(name)
-    if data is None:
-        return f"{name} (not found)" if name else "unknown data set"
-    return f"{name} ({data.identity})" if len(places) > 1 else name
+    if len(places) > 1:
+        return f"{name} ({data.identity if data else 'its files were not found'})"
+    return name or "unknown data set"
 
 
 def _ap_table(report: Report, own: Mapping[int, Evaluation], classes: Sequence[str]) -> Html:
