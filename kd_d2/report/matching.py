@@ -52,9 +52,7 @@ def match(detections: Sequence[Box], truth: Sequence[Box], iou: float = MATCH_IO
     by: List[Optional[float]] = [None] * len(truth)
     for i in sorted(range(len(detections)), key=lambda i: -detections[i].score):
         same = [j for j, t in enumerate(truth) if t.label == detections[i].label]
-        free = [
-            j for j in same if not truth[j].crowd and by[j] is None and overlaps[i, j] >= iou
-        ]
+        free = [j for j in same if not truth[j].crowd and by[j] is None and overlaps[i, j] >= iou]
         if free:
             best = max(free, key=lambda j: overlaps[i, j])
             by[best], right[i] = detections[i].score, "right"
@@ -81,8 +79,8 @@ def _area(boxes: np.ndarray) -> np.ndarray:
 
 def _inside(box: Sequence[float], region: Sequence[float]) -> float:
     """Part of a box that lies in a region."""
-    x0, y0, x1, y1 = np.maximum(box[:2], region[:2]).tolist() + np.minimum(
-        box[2:], region[2:]
-    ).tolist()
+    x0, y0, x1, y1 = (
+        np.maximum(box[:2], region[:2]).tolist() + np.minimum(box[2:], region[2:]).tolist()
+    )
     area = max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
     return max(x1 - x0, 0) * max(y1 - y0, 0) / area if area > 0 else 0.0

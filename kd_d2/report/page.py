@@ -163,7 +163,9 @@ def _legend(titles: Sequence[str]) -> Html:
 
 def _dropped(report: Report, chart: Chart) -> str:
     """Which runs logged values that cannot be drawn."""
-    lost = [(run.title, run.dropped[chart.title]) for run in report.runs if chart.title in run.dropped]
+    lost = [
+        (run.title, run.dropped[chart.title]) for run in report.runs if chart.title in run.dropped
+    ]
     return "; ".join(f"{title}: {count} values are not finite" for title, count in lost)
 
 

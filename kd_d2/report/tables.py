@@ -147,9 +147,7 @@ def _ap_table(report: Report, own: Mapping[int, Evaluation], classes: Sequence[s
             rows.append([element("span", "AP of single classes")])
         label = f"class {name[3:]}" if name.startswith("AP-") else _METRICS.get(name, name)
         rows.append(number_row(label, [own[i].metrics.get(name) for i in columns], position))
-    rows.append(
-        ["source", *(element("td", own[i].source, class_="small wrap") for i in columns)]
-    )
+    rows.append(["source", *(element("td", own[i].source, class_="small wrap") for i in columns)])
     return scrolling(html_table(_header(report, columns, "percent", baseline), rows))
 
 

@@ -98,9 +98,7 @@ def _installed(browser: str, settings: Dict[str, Any], folder: Path) -> Visit:
     )
     command = [browser, "--headless", *_FLAGS, f"--user-data-dir={folder / 'profile'}"]
     command += ["--window-size=1600,1200", "--virtual-time-budget=60000", "--dump-dom"]
-    done = subprocess.run(
-        [*command, start.as_uri()], capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([*command, start.as_uri()], capture_output=True, text=True, timeout=300)
     found = re.search(r'<pre id="facts">(.*?)</pre>', done.stdout, re.S)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     return Visit(json.loads(html.unescape(found[1])), _console(done.stderr))

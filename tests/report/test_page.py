@@ -54,9 +54,7 @@ def test_the_script_is_the_one_that_the_policy_allows(two):
     _, _, tree = two
     (script,) = tree.all("script")
     assert "</" not in script.text
-    (policy,) = [
-        m.attributes["content"] for m in tree.all("meta") if "http-equiv" in m.attributes
-    ]
+    (policy,) = [m.attributes["content"] for m in tree.all("meta") if "http-equiv" in m.attributes]
     digest = base64.b64encode(hashlib.sha256(script.text.encode()).digest()).decode()
     assert policy.startswith("default-src 'none'; ") and f"'sha256-{digest}'" in policy
 

@@ -101,4 +101,7 @@ def test_the_last_checkpoint_stands_in_for_the_final_one(tmp_path):
 def test_titles_are_as_short_as_they_can_be():
     assert short_titles(["/a/x", "/b/y"]) == ["x", "y"]
     assert short_titles(["/a/x", "/b/x", "/c/ax"]) == ["a/x", "b/x", "ax"]
-    assert short_titles(["/x", "/b/x"]) == ["x", "b/x"] or short_titles(["/x", "/b/x"]) == ["/x", "b/x"]
+    assert short_titles(["/x", "/b/x"]) == ["x", "b/x"] or short_titles(["/x", "/b/x"]) == [
+        "/x",
+        "b/x",
+    ]

@@ -12,7 +12,10 @@ STYLE = resources.files("kd_d2.report").joinpath("page.css").read_text()
 def schemes():
     light, dark = re.findall(r":root \{(.*?)\}", STYLE, re.S)
     colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", light))
-    return {"light": colours, "dark": {**colours, **dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", dark))}}
+    return {
+        "light": colours,
+        "dark": {**colours, **dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", dark))},
+    }
 
 
 def luminance(colour):
