@@ -122,7 +122,8 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
 def main(arguments: Optional[Sequence[str]] = None) -> None:
     parser = build_parser()
     args = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # what is wrong with a run is on the page
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logging.getLogger("kd_d2.report").setLevel(logging.INFO)
     with short_errors():
         checked(args)

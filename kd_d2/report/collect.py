@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
-from .cost import Cost, CostOptions, measured_cost
+from .cost import Cost, CostOptions, network_of, timed
 from .detections import Picture, chosen_pictures, detect, stored_detections
 from .errors import Errors, computed_errors, logged_errors
 from .matching import Box
@@ -70,14 +70,12 @@ def collect(runs: Sequence[Run], options: Options) -> Report:
     found: Dict[Tuple[str, str], TestData] = {}
     report = Report(list(runs), options, [], [], [], [], [])
     for run in runs:
-        logger.info(f"{run.title}: test data, scores, errors, cost")
+        logger.info(f"{run.title}: test data, scores, errors")
         report.test_data.append(_test_data(run, found))
         judged = report.test_data[-1].get(run.test_sets[-1]) if run.test_sets else None
         report.evaluations.append(_evaluations(run, judged))
         report.errors.append(_errors(run, judged))
-        report.costs.append(None)
-        with _noted(run, "cost"):
-            report.costs[-1] = measured_cost(run, options.cost)
+    report.costs = _costs(report)
     if options.images > 0:
         report.galleries = _galleries(report)
     return report
@@ -129,6 +127,21 @@ def _errors(run: Run, data: Optional[TestData]) -> Optional[Errors]:
             raise ValueError("none are logged, and there is no ground truth to judge by")
         return computed_errors(run, data)
     return None
+
+
+def _costs(report: Report) -> List[Optional[Cost]]:
+    options = report.options.cost
+    networks, costs = {}, {}
+    for index, run in enumerate(report.runs):
+        logger.info(f"{run.title}: cost")
+        with _noted(run, "cost"):
+            network = network_of(run, options)
+            costs[index] = network.cost
+            if options.latency:
+                networks[index] = network
+    if networks:
+        costs.update(timed(networks))
+    return [costs.get(index) for index in range(len(report.runs))]
 
 
 def _galleries(report: Report) -> List[Gallery]:

@@ -1,17 +1,28 @@
-"""Parameters, multiply-adds and latency of the runs' networks."""
+"""Parameters, multiply-adds and latency of the runs' networks, as they are deployed."""
 
-from dataclasses import dataclass
-from typing import Dict, Optional, Tuple
+from dataclasses import dataclass, replace
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.utils.analysis import FlopCountAnalysis
+from torch import nn
+from tqdm import tqdm
 
-from kd_d2.engine.trainer import KDTrainer
+from kd_d2.analysis import (
+    deployed,
+    device_name,
+    flop_analysis,
+    image_size_of,
+    interleaved,
+    percentiles,
+    random_batch,
+)
 
 from .run import Run
 
-__all__ = ["Cost", "CostOptions", "image_size_of", "measured_cost"]
+__all__ = ["Cost", "CostOptions", "Network", "network_of", "timed"]
+
+# passes per network that count, and before them
+ROUNDS, WARMUP = 20, 3
 
 
 @dataclass(frozen=True)
@@ -19,7 +30,7 @@ class CostOptions:
     """How networks are measured.
 
     Args:
-        image_size: height and width in pixels; None: see :func:`image_size_of`.
+        image_size: height and width in pixels; None: what the config's test images have.
         latency: whether time is measured.
     """
 
@@ -36,35 +47,58 @@ class Cost:
         note: how.
     """
 
-    figures: Dict[str, float]
+    figures: Mapping[str, float]
     note: str
 
 
-def image_size_of(cfg: CfgNode) -> Tuple[int, int]:
-    """Height and width that a config's test images usually have, pixels.
+class Network(NamedTuple):
+    """A detector without what only training needs, an input, and what is known of its cost."""
 
-    MIN_SIZE_TEST x MAX_SIZE_TEST, as a photograph fills them; a square where the latter is so large
-    that it limits nothing.
-    """
-    short, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    if short <= 0:
-        return 800, 1333
-    return (short, longest) if short <= longest <= 2 * short else (short, short)
+    model: nn.Module
+    inputs: List[Dict[str, Any]]
+    device: str
+    cost: Cost
 
 
 @torch.no_grad()
-def measured_cost(run: Run, options: CostOptions) -> Cost:
-    """Build the run's network without its weights and measure it.
+def network_of(run: Run, options: CostOptions) -> Network:
+    """Build the network of a run and count parameters and multiply-adds.
+
+    With the run's weights, if there are some: they tell whether this is what was trained, and how
+    many boxes go through NMS depends on them.
 
     Raises:
-        ValueError, FileNotFoundError: the config does not describe a network of this version.
+        ValueError, FileNotFoundError: the config does not describe a network of this version, or
+            the checkpoint does not fit.
     """
     cfg = run.cfg
     height, width = options.image_size or image_size_of(cfg)
-    model = KDTrainer.build_student(cfg).eval()
-    image = torch.zeros(3, height, width, dtype=torch.uint8)
-    flops = FlopCountAnalysis(model, [{"image": image, "height": height, "width": width}])
-    flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-    parameters = sum(p.numel() for p in model.parameters())
-    figures = {"parameters, millions": parameters / 1e6, "multiply-adds, 10⁹": flops.total() / 1e9}
-    return Cost(figures, f"one image of {height}×{width} pixels")
+    model = deployed(cfg, run.checkpoint or "")
+    inputs = random_batch(1, height, width, num_classes=1)
+    figures = {
+        "parameters, millions": sum(p.numel() for p in model.parameters()) / 1e6,
+        "multiply-adds, 10⁹": flop_analysis(model, inputs).total() / 1e9,
+    }
+    note = f"one image of {height}×{width} pixels"
+    if run.checkpoint is None:
+        note += "; random weights, as there is no checkpoint"
+    return Network(model, inputs, cfg.MODEL.DEVICE, Cost(figures, note))
+
+
+@torch.no_grad()
+def timed(networks: Mapping[Any, Network]) -> Dict[Any, Cost]:
+    """The costs with latency: all networks run in turn, so that drift affects them alike."""
+    calls = {
+        str(key): lambda network=network: network.model(network.inputs)
+        for key, network in networks.items()
+    }
+    times = interleaved(calls, ROUNDS, WARMUP, progress=lambda r: tqdm(r, desc="latency"))
+    result = {}
+    for key, network in networks.items():
+        found = percentiles([1e3 * seconds for seconds in times[str(key)]])
+        figures = {f"latency, ms, {name}": value for name, value in found.items()}
+        threads = f", {torch.get_num_threads()} threads" if network.device == "cpu" else ""
+        how = f"; {ROUNDS} passes on {device_name(network.device)}{threads}"
+        cost = network.cost
+        result[key] = replace(cost, figures={**cost.figures, **figures}, note=cost.note + how)
+    return result

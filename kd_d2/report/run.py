@@ -5,6 +5,7 @@ import glob
 import json
 import math
 import os
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -63,8 +64,8 @@ class Run:
         return os.path.join(self.folder, name)
 
     def lacks(self, part: str, reason: Any) -> None:
-        """Note, once, that a part cannot be shown."""
-        entry = Missing(self.title, part, " ".join(str(reason).split()))
+        """Note, once, that a part cannot be shown; a long reason is cut."""
+        entry = Missing(self.title, part, textwrap.shorten(str(reason), 400, placeholder=" ..."))
         if entry not in self.missing:
             self.missing.append(entry)
 

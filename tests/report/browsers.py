@@ -73,10 +73,11 @@ def visit(browser: str, page: Path, widths: Sequence[int], folder: Path) -> Visi
 
 
 def _kaleido(settings: Dict[str, Any], folder: Path) -> Visit:
-    """The program kaleido is Chromium that loads a plotting library and calls one function of it."""
+    """kaleido is a Chromium that loads a plotting library and calls one function of it."""
     program = Path(kaleido.__file__).with_name("executable") / "kaleido"
     script = shutil.copy(SCRIPT, folder / "browser.js")
-    command = [str(program), "plotly", f"--plotlyjs='{Path(script).as_uri()}'", *_FLAGS]
+    library = f"--plotlyjs='{Path(script).as_uri()}'"
+    command = [str(program), "plotly", library, *_FLAGS]
     request = {"data": {"data": [], "layout": settings}, "format": "svg"}
     request.update(width=100, height=100, scale=1)
     done = subprocess.run(

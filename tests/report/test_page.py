@@ -10,7 +10,8 @@ import pytest
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from kd_d2.report import Options, collect, read_runs, write_page
+from kd_d2.analysis import deployed, flop_analysis, flops_by_module, random_batch
+from kd_d2.report import CostOptions, Options, collect, read_runs, write_page
 from kd_d2.report.matching import match
 from tests.report.conftest import EVIL, TOY_CLASSES
 from tests.report.strict_html import check, table_rows
@@ -176,6 +177,28 @@ def test_detections(two, trained):
         assert picture.format == "JPEG" and picture.size == (128, 128)
     uses = [use.attributes["href"] for use in section.all("use")]
     assert uses == [f"#image-0-{i}" for i in range(3) for _ in range(3)]
+
+
+def test_cost(two, trained):
+    report, _, tree = two
+    rows = table_rows(table_after(tree, "cost"))
+    stored = json.loads((trained[0] / "result.json").read_text())
+    assert rows["parameters, millions"][0].text == f"{stored['parameters'] / 1e6:.2f}"
+    # counted again, by module: all of a convolutional network is in its parts
+    model = deployed(report.runs[0].cfg)
+    by_module = flops_by_module(flop_analysis(model, random_batch(1, 128, 128, 1)))
+    total = sum(by_module[name] for name, _ in model.named_children()) / 1e9
+    assert rows["multiply-adds, 10⁹"][0].text == f"{total:.2f}"
+    assert rows["how"][0].text == "one image of 128×128 pixels"
+    assert not any(label.startswith("latency") for label in rows)
+
+
+def test_latency(trained):
+    (run,) = read_runs([str(trained[0])])
+    options = Options(images=0, cost=CostOptions((64, 96), latency=True))
+    (cost,) = collect([run], options).costs
+    p50, p90, p99 = (cost.figures[f"latency, ms, p{p}"] for p in (50, 90, 99))
+    assert 0 < p50 <= p90 <= p99 and "64×96 pixels; 20 passes on" in cost.note
 
 
 def test_without_a_script_everything_can_be_read(two):
