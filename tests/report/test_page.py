@@ -12,22 +12,28 @@ from PIL import Image
 
 from kd_d2.analysis import deployed, flop_analysis, flops_by_module, random_batch
 from kd_d2.report import CostOptions, Options, collect, read_runs, write_page
+from kd_d2.report.cost import Cost, Network
 from kd_d2.report.matching import match
 from tests.report.conftest import EVIL, TOY_CLASSES
 from tests.report.strict_html import check, table_rows
 from tests.report.test_run import write_run
 
 
-def page_of(folders, **options):
+def page_of(folders, measured=False, **options):
+    """Report and page; networks are not built unless they are to be measured."""
     runs = read_runs([str(folder) for folder in folders])
-    report = collect(runs, Options(**options))
+    unknown = Network(None, [], "cpu", Cost({"parameters, millions": 1.0}, ""))
+    with pytest.MonkeyPatch.context() as patch:
+        if not measured:
+            patch.setattr("kd_d2.report.collect.network_of", lambda run, options: unknown)
+        report = collect(runs, Options(**options))
     return report, write_page(report, "A <title>", "made & sent")
 
 
 @pytest.fixture(scope="module")
 def two(trained):
     """(report, page, tree) of the two trained runs."""
-    report, page = page_of(trained, baseline=0, images=3, threshold=0.1)
+    report, page = page_of(trained, measured=True, baseline=0, images=3, threshold=0.1)
     return report, page, check(page)
 
 
@@ -252,7 +258,7 @@ def test_only_predictions(trained, tmp_path):
 
 def test_nothing_but_a_log(tmp_path):
     folder = write_run(tmp_path / "r", config=None, metrics=[{"iteration": 9, "loss_a": 1.0}])
-    report, page = page_of([folder])
+    report, page = page_of([folder], measured=True)
     tree = check(page)
     assert len(tree.by_id("curves").all("figure")) == 2
     parts = {line.part for line in report.runs[0].missing}
