@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib
 import io
 import json
 import re
@@ -25,7 +26,9 @@ def page_of(folders, measured=False, **options):
     unknown = Network(None, [], "cpu", Cost({"parameters, millions": 1.0}, ""))
     with pytest.MonkeyPatch.context() as patch:
         if not measured:
-            patch.setattr("kd_d2.report.collect.network_of", lambda run, options: unknown)
+            # "kd_d2.report.collect" is also the name of a function
+            module = importlib.import_module("kd_d2.report.collect")
+            patch.setattr(module, "network_of", lambda run, options: unknown)
         report = collect(runs, Options(**options))
     return report, write_page(report, "A <title>", "made & sent")
 
