@@ -273,7 +273,7 @@ def test_nothing_but_a_log(tmp_path):
 
 def test_a_config_of_another_program(tmp_path):
     folder = write_run(tmp_path / "r", "A: {B: '<b>'}\n", [{"iteration": 9, "loss_a": 1.0}])
-    report, page = page_of([folder], images=1)
+    report, page = page_of([folder], measured=True, images=1)
     assert "do not exist: A" in " ".join(line.reason for line in report.runs[0].missing)
     assert "'<b>'" in check(page).by_id("configs").text
 
