@@ -50,7 +50,8 @@ def main() -> None:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     draw(rows, str(output / "evidence.png"))
-    for file, content in (("evidence.json", json.dumps(rows, indent=1)), ("evidence.md", text)):
+    figures = json.dumps(without_nan(rows), indent=1)
+    for file, content in (("evidence.json", figures), ("evidence.md", text)):
         with atomic_write(str(output / file)) as f:
             f.write(f"{content}\n".encode())
     print(f"\n{text}\nevidence: written to {output}")
@@ -175,6 +176,15 @@ def compared(entry: Dict[str, Any], result: Dict[str, Any]) -> List[Dict[str, An
     return rows
 
 
+def without_nan(value: Any) -> Any:
+    """The same with None in place of nan, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _seconds(runs: Dict[int, Dict[str, Any]]) -> Any:
     """Mean of the runs that were timed and not interrupted; None without any."""
     times = [r["seconds"] for r in runs.values() if "seconds" in r and not r["resumed"]]
@@ -212,8 +222,8 @@ def page(rows: List[Dict[str, Any]], published: Sequence[str], options: str) -> 
             "![differences with confidence intervals](evidence.png)\n",
             markdown_table(header, body),
             "\n## Published\n",
-            "What the papers report on COCO, with full schedules and large networks; none of it was "
-            "measured by us.\n",
+            "What the papers report on COCO, with full schedules and large networks; none of it "
+            "was measured by us.\n",
             *published_figures(published),
         ]
     )
@@ -246,7 +256,7 @@ def draw(rows: List[Dict[str, Any]], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8.5, 1.2 + 0.26 * len(rows)))
+    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.26 * len(rows)))
     systems = list(dict.fromkeys(row["system"] for row in rows))
     for y, row in enumerate(rows):
         color = f"C{systems.index(row['system']) % 10}"
@@ -258,7 +268,7 @@ def draw(rows: List[Dict[str, Any]], path: str) -> None:
     axis.set_yticks(range(len(rows)), labels, fontsize=7)
     axis.invert_yaxis()
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_xlabel("AP distilled minus AP alone, same seed; 95 % interval of the mean")
+    axis.set_xlabel("AP distilled minus AP alone, same seed; 95 % interval")
     axis.grid(axis="x", alpha=0.3)
     handles = [plt.Line2D([], [], marker="o", color=f"C{i % 10}") for i in range(len(systems))]
     axis.legend(handles, systems, fontsize=7, loc="best")

@@ -102,3 +102,16 @@ def test_training_starts_what_the_comparison_needs(tmp_path, monkeypatch):
     text = " ".join(second)
     assert "--configs configs/comparison/bccd --output output/comparison/bccd" in text
     assert "--methods plain x absent --seeds 4 5 --threads 1" in text
+
+
+def test_the_checked_in_table_is_that_of_the_stored_results():
+    _, comparisons = evidence.read_list(evidence.LIST)
+    rows = [
+        row for entry in comparisons for row in evidence.compared(entry, evidence.stored(entry))
+    ]
+    checked_in = (ROOT / "docs/results/evidence.json").read_text()
+    assert "NaN" not in checked_in
+    assert json.loads(checked_in) == evidence.without_nan(rows)
+    text = (ROOT / "docs/results/evidence.md").read_text()
+    for row in rows:
+        assert f"{row['difference']:+.2f}" in text
