@@ -214,10 +214,10 @@ def page(rows: List[Dict[str, Any]], published: Sequence[str], options: str) -> 
             f"```sh\n{command}\n```\n",
             "COCO AP in percent, mean ± standard deviation (n − 1) over the seeds; differences are "
             "taken seed by seed, and the interval is that of their mean (Student's t, which three "
-            'seeds make wide). "better" counts the seeds with a gain. These are short runs of small '
-            "networks on small data, made for a CPU: they show that a method works as it should, "
-            "not what it gains after a full schedule. Settings and what the figures say: the pages "
-            "of the single comparisons.\n",
+            'seeds make wide). "better" counts the seeds with a gain. These are short runs of '
+            "small networks on small data, made for a CPU: what a method gains after a full "
+            "schedule they cannot say. Settings, and what is known of why a method does not gain, "
+            "are on the pages of the single comparisons.\n",
             f"Hardware: {'; '.join(hardware)}.\n",
             "![differences with confidence intervals](evidence.png)\n",
             markdown_table(header, body),
