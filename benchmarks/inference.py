@@ -95,6 +95,9 @@ def trained(cfg: CfgNode) -> nn.Module:
     torch.manual_seed(0)
     model = build_model(cfg)
     KDCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    if not cfg.MODEL.WEIGHTS and hasattr(model, "refinement"):
+        # random deltas move every box out of the image, and the S-head has nothing to do
+        nn.init.zeros_(model.refinement.rpn_head.anchor_deltas.weight)
     return model
 
 
