@@ -88,15 +88,20 @@ def title(path: str) -> str:
 def measured(cfg: CfgNode) -> nn.Module:
     """The detector of a config as it is deployed, with equal random weights every time."""
     torch.manual_seed(0)
-    return deployed(cfg, cfg.MODEL.WEIGHTS)
+    return _with_boxes(cfg, deployed(cfg, cfg.MODEL.WEIGHTS))
 
 
 def trained(cfg: CfgNode) -> nn.Module:
     torch.manual_seed(0)
     model = build_model(cfg)
     KDCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return _with_boxes(cfg, model)
+
+
+def _with_boxes(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """With random weights a MimicDet's deltas move every box out of the image, and its heads have
+    nothing to do: let the boxes be the anchors."""
     if not cfg.MODEL.WEIGHTS and hasattr(model, "refinement"):
-        # random deltas move every box out of the image, and the S-head has nothing to do
         nn.init.zeros_(model.refinement.rpn_head.anchor_deltas.weight)
     return model
 
