@@ -191,7 +191,7 @@ def training_steps(cfg: CfgNode, args) -> Pair:
     small.defrost()
     full.deploy(small)
     steps = []
-    for model, own in ((build_model(small), small), (full, cfg)):
+    for model, own in ((_with_boxes(cfg, build_model(small)), small), (full, cfg)):
         optimizer = build_optimizer(own, model.train())
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # random labels: keep the weights where they are
