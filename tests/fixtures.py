@@ -39,6 +39,7 @@ __all__ = [
     "tiny_cfg",
     "tiny_model",
     "untrained_teacher_keys",
+    "write_gfl_pair",
 ]
 
 CLASSES = ("disc", "square", "cross")
@@ -291,6 +292,26 @@ def teacher_of(
         description="teacher of a test",
         **options,
     )
+
+
+def write_gfl_pair(tmp_path, distiller: str, **values: Any) -> str:
+    """Write configs of a tiny GFL and of its untrained teacher; return the path of the student's.
+
+    Args:
+        distiller: what KD.DISTILLERS names.
+        values: further keys of the student's config.
+    """
+    teacher, student = tmp_path / "teacher.yaml", tmp_path / "student.yaml"
+    teacher.write_text(tiny_cfg("GFL").dump())
+    values = {
+        "KD.ENABLED": True,
+        "KD.DISTILLERS": (distiller,),
+        "KD.TEACHER.CONFIG_FILE": str(teacher),
+        "KD.TEACHER.ALLOW_UNTRAINED": True,
+        **values,
+    }
+    student.write_text(tiny_cfg("GFL", **values).dump())
+    return str(student)
 
 
 def untrained_teacher_keys(cfg: CfgNode) -> Dict[str, KeyInfo]:

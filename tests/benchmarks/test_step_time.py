@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 
 from kd_d2.distillation import DetectorTeacher
 from kd_d2.engine.main import build_config
-from tests.fixtures import tiny_cfg
+from tests.fixtures import tiny_cfg, write_gfl_pair
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = (
@@ -36,17 +36,7 @@ def stored_calls(step_time):
 
 @pytest.fixture
 def config_file(tmp_path):
-    teacher, student = tmp_path / "teacher.yaml", tmp_path / "student.yaml"
-    teacher.write_text(tiny_cfg("GFL").dump())
-    values = {
-        "KD.ENABLED": True,
-        "KD.DISTILLERS": ("CrossKD",),
-        "KD.TEACHER.CONFIG_FILE": str(teacher),
-        "KD.TEACHER.ALLOW_UNTRAINED": True,
-        "KD.CROSSKD.POSITION": 1,
-    }
-    student.write_text(tiny_cfg("GFL", **values).dump())
-    return str(student)
+    return write_gfl_pair(tmp_path, "CrossKD", **{"KD.CROSSKD.POSITION": 1})
 
 
 def test_ratios_are_computed_per_round(step_time):

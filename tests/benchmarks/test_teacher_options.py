@@ -7,22 +7,13 @@ import pytest
 import teacher_options as options
 import torch
 
-from tests.fixtures import tiny_cfg, tiny_model
+from tests.fixtures import tiny_model, write_gfl_pair
 
 
 @pytest.fixture
 def arguments(tmp_path):
-    teacher, student = tmp_path / "teacher.yaml", tmp_path / "student.yaml"
-    teacher.write_text(tiny_cfg("GFL").dump())
-    values = {
-        "KD.ENABLED": True,
-        "KD.DISTILLERS": ("PKD",),
-        "KD.TEACHER.CONFIG_FILE": str(teacher),
-        "KD.TEACHER.ALLOW_UNTRAINED": True,
-    }
-    student.write_text(tiny_cfg("GFL", **values).dump())
     return argparse.Namespace(
-        config_file=str(student),
+        config_file=write_gfl_pair(tmp_path, "PKD"),
         image_size=(64, 64),
         batch_size=1,
         rounds=2,
