@@ -154,7 +154,9 @@ def compared(entry: Dict[str, Any], result: Dict[str, Any]) -> List[Dict[str, An
         seeds = sorted(set(alone) & set(taught))
         if not seeds:
             continue
-        pairs = [(alone[s]["metrics"]["AP"], taught[s]["metrics"]["AP"]) for s in seeds]
+        # a detector that found nothing has no AP: the row says nan
+        aps = [[runs[s]["metrics"].get("AP", math.nan) for s in seeds] for runs in (alone, taught)]
+        pairs = list(zip(*aps))
         differences = [after - before for before, after in pairs]
         rows.append(
             {

@@ -23,7 +23,8 @@ SHELL = ("make", "python", "torchrun", "git", "cd", "export", "for", "done", "mk
 # A fenced block, or a comment of HTML that begins with one of these words.
 _PART = re.compile(
     r"^(?P<fence>`{3,})(?P<info>[^\n]*)\n(?P<code>.*?)^(?P=fence)[ ]*$"
-    r"|^<!-- (?P<word>hidden|only checked|short|fails)\b:?[ ]?(?P<text>.*?)-->[ ]*$",
+    r"|^<!-- (?P<word>hidden|only checked|short|fails|processes|together)\b:?[ ]?"
+    r"(?P<text>.*?)-->[ ]*$",
     re.M | re.S,
 )
 
@@ -39,7 +40,9 @@ class Block:
         code: what is between the fences.
         hidden: it is in a comment, hence not on the page.
         marks: what the comments right before it say, by their first words: "only checked" (why it
-            is not run), "short" (overrides that make it quick), "fails" (it has to).
+            is not run), "short" (overrides that make it quick), "fails" (it has to), "processes"
+            (how many take the place of a machine's GPUs; they run on the CPU), "together" (its
+            lines run at the same time, as on several machines).
     """
 
     page: str

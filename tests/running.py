@@ -7,6 +7,7 @@ import pathlib
 import re
 import runpy
 import shlex
+import socket
 import subprocess
 import sys
 import traceback
@@ -112,8 +113,14 @@ class Page:
 
     def _shell(self, block: Block) -> None:
         extra = shlex.split(block.marks.get("short", ""))
-        for line in shell_lines(block.code):
-            self._command(shlex.split(line), extra)
+        commands = [shlex.split(line) for line in shell_lines(block.code)]
+        if "processes" in block.marks:
+            commands = [_with_processes(words, block.marks["processes"]) for words in commands]
+        if "together" in block.marks:
+            self._together([words + extra for words in _on_this_machine(commands)])
+            return
+        for words in commands:
+            self._command(words, extra)
 
     def _command(self, words: List[str], extra: List[str]) -> None:
         environment = {}
@@ -139,22 +146,32 @@ class Page:
                     runpy.run_path(words[1], run_name="__main__")
 
     def _process(self, words: List[str], environment) -> None:
-        if words[0] == "torchrun":
-            words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
-        elif words[0] == "python":
-            words = [sys.executable, *words[1:]]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-        result = subprocess.run(
-            words,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=500,
-        )
-        self._output.write(result.stdout)
-        if result.returncode:
-            sys.exit(result.returncode)
+        self._together([words], environment)
+
+    def _together(self, commands: List[List[str]], environment=()) -> None:
+        """Run commands at the same time, each in a process of its own."""
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            **dict(environment),
+        }
+        started = []
+        try:
+            for number, words in enumerate(commands):
+                output = open(self.folder / f".output{number}", "w+")
+                started.append((subprocess.Popen(
+                    _program(words), env=environment, stdout=output, stderr=subprocess.STDOUT,
+                ), output))  # fmt: skip
+            codes = [process.wait(timeout=500) for process, _ in started]
+        finally:
+            for process, output in started:
+                process.kill()
+                output.seek(0)
+                self._output.write(output.read())
+                output.close()
+        if any(codes):
+            sys.exit(next(code for code in codes if code))
 
     # --------------------------------------------------------------------------------- checks
     def _compare(self, block: Block) -> None:
@@ -179,6 +196,40 @@ class Page:
             self._yaml(block)
         else:
             raise AssertionError(f"{block.where}: no way to check '{block.language}'")
+
+
+def _program(words: List[str]) -> List[str]:
+    """The command with this Python."""
+    if words[0] == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    return [sys.executable, *words[1:]] if words[0] == "python" else words
+
+
+def _with_processes(words: List[str], number: str) -> List[str]:
+    """The command with so many processes; those of one without a launcher run in this process."""
+    words = list(words)
+    for option in ("--num-gpus", "--nproc-per-node"):
+        if option in words:
+            words[words.index(option) + 1] = number
+    if number == "1" and "--num-gpus" in words and "--num-machines" not in words:
+        place = words.index("--num-gpus")
+        del words[place : place + 2]
+    return words
+
+
+def _on_this_machine(commands: List[List[str]]) -> List[List[str]]:
+    """Commands for several machines with this one's address, and one free port for all."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    result = []
+    for words in commands:
+        words = [re.sub(r"tcp://.*", f"tcp://127.0.0.1:{port}", word) for word in words]
+        for option, value in (("--master-addr", "127.0.0.1"), ("--master-port", port)):
+            if option in words:
+                words[words.index(option) + 1] = value
+        result.append(words)
+    return result
 
 
 class _Output(io.StringIO):

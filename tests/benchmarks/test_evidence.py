@@ -56,6 +56,14 @@ def test_rows_are_paired_by_seed():
     json.dumps(row)
 
 
+def test_a_detector_that_found_nothing_has_no_ap():
+    runs = [{**run, "metrics": {}} if run["method"] == "x" else run for run in RUNS]
+    (row,) = evidence.compared(ENTRY, {"runs": runs, "hardware": "h"})
+    assert math.isnan(row["difference"]) and row["alone"] == pytest.approx((20, 10))
+    assert "+nan" in evidence.page([row], ["PKD"], "") and row["better"] == 0
+    assert evidence.without_nan(row)["difference"] is None
+
+
 def test_mistakes_in_the_list_are_named(tmp_path):
     broken = tmp_path / "list.yaml"
     entry = {key: value for key, value in ENTRY.items() if key != "alone"}
