@@ -7,8 +7,9 @@ Every option is a set of KD.TEACHER keys. A model is built for each of them, all
 weights, and all are timed in interleaved rounds: the teacher as the distillers use it, and a whole
 KD step. Ratios are those to the teacher as Detectron2 would run it ("plain"), computed per round;
 medians and quartiles are reported. "change" is the largest relative change of a distillation loss,
-on the same batch and the same student. "no stage left out" also runs the stages that no distiller
-asks for, with the default keys: what running on demand saves.
+on the same batch and the same student; if one is above the option's tolerance, the exit status is
+1. "no stage left out" also runs the stages that no distiller asks for, with the default keys: what
+running on demand saves.
 
 Give weights of trained networks (MODEL.WEIGHTS and KD.TEACHER.WEIGHTS) to judge the changes; time
 does not depend on them. "compiled" takes a minute or two before the rounds.
@@ -56,6 +57,14 @@ OPTIONS: Dict[str, List[str]] = {
     "COMPILE inductor": _keys(compiler="inductor"),
     EVERY_STAGE: _keys(),
 }
+# What an option may change a loss by, relatively: rounding in another order, or in that precision.
+EXACT = 1e-4
+TOLERANCES = {"DTYPE bfloat16": 2e-2, "DTYPE float16": 2e-2}
+
+
+def tolerance(option: str) -> float:
+    """The largest relative change of a loss that an option may cause."""
+    return TOLERANCES.get(option, EXACT)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,6 +99,9 @@ def main() -> None:
     if args.output:
         with atomic_write(args.output) as f:
             f.write(json.dumps({"environment": env, "options": figures}, indent=1).encode())
+    broken = [name for name in names if not figures[name]["change"] <= tolerance(name)]
+    if broken:
+        raise SystemExit(f"changes a loss by more than its tolerance: {', '.join(broken)}")
 
 
 def measure(args: argparse.Namespace, names: List[str]) -> Dict[str, Dict[str, Any]]:
@@ -161,6 +173,7 @@ def largest_change(losses: Dict[str, float], reference: Dict[str, float]) -> flo
 
 def table(figures: Dict[str, Dict[str, Any]]) -> str:
     header = ["option", "teacher, s", "teacher / plain", "KD step, s", "KD step / plain", "change"]
+    header.append("tolerance")
     rows = []
     for name, values in figures.items():
         row = [name]
@@ -168,7 +181,7 @@ def table(figures: Dict[str, Dict[str, Any]]) -> str:
             ratio = values[what]["ratio"]
             row += [f"{values[what]['seconds']['median']:.3f}"]
             row += [f"{ratio['median']:.3f} ({span(ratio, 3)})"]
-        rows.append([*row, f"{values['change']:.1e}"])
+        rows.append([*row, f"{values['change']:.1e}", f"{tolerance(name):.0e}"])
     return markdown_table(header, rows)
 
 

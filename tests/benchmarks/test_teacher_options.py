@@ -36,8 +36,8 @@ def test_every_option_has_the_same_weights_and_runs_what_it_says(arguments):
     figures = options.measure(arguments, names)
     assert list(figures) == names
     assert figures[options.REFERENCE]["change"] == 0
-    assert figures["default: both"]["change"] < 1e-4
-    assert 1e-5 < figures["DTYPE bfloat16"]["change"] < 0.1
+    assert figures["default: both"]["change"] < options.tolerance("default: both") == 1e-4
+    assert 1e-5 < figures["DTYPE bfloat16"]["change"] < options.tolerance("DTYPE bfloat16") == 0.02
     assert figures[options.EVERY_STAGE]["change"] == figures["default: both"]["change"]
     for values in figures.values():
         assert values["teacher"]["seconds"]["median"] > 0
@@ -46,6 +46,23 @@ def test_every_option_has_the_same_weights_and_runs_what_it_says(arguments):
     text = options.table(figures)
     assert text.count("\n") == 5 and "| 1.000 (1.000 to 1.000) |" in text
     json.dumps(figures)
+
+
+def test_a_change_above_the_tolerance_is_an_error(arguments, monkeypatch, capsys):
+    spread = {"seconds": {"median": 1.0}, "ratio": {"median": 1.0, "q1": 1.0, "q3": 1.0}}
+    found = {"teacher": spread, "step": spread}
+    changes = {"plain": 0.0, "FUSE_BN": 2e-4, "DTYPE bfloat16": 1e-2, "DTYPE float16": float("nan")}
+    monkeypatch.setattr(
+        options, "measure", lambda *_: {name: {"change": c, **found} for name, c in changes.items()}
+    )
+    monkeypatch.setattr(options, "span", lambda *_: "")
+    monkeypatch.setattr(
+        "sys.argv",
+        ["x", "--config-file", arguments.config_file, "--options", *list(changes)[1:]],
+    )
+    with pytest.raises(SystemExit, match="tolerance: FUSE_BN, DTYPE float16$"):
+        options.main()
+    assert "| 1.0e-02 | " in " ".join(capsys.readouterr().out.split())
 
 
 def test_stages_that_nobody_asks_for_run_only_when_they_are_wanted(arguments, monkeypatch):
