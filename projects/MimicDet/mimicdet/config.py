@@ -116,6 +116,12 @@ def _add_mimic(node: CN) -> None:
     node.MIMIC = CN()
     # Factor of the mimic loss; 0: it is not computed. Paper: 1.
     node.MIMIC.WEIGHT = 1.0
+    # Further factors of its two terms, where the heads have two branches. Ours.
+    node.MIMIC.CLS_WEIGHT = 1.0
+    node.MIMIC.REG_WEIGHT = 1.0
+    # Boxes of the T-head that are compared: "all" (paper) or "objects", those that are no
+    # background.
+    node.MIMIC.BOXES = "all"
     # What the classification branch mimics: "logits" (before the softmax, background included) or
     # "feature" (the vector the logits come from). Paper: logits, by its explicit statement.
     node.MIMIC.CLS_TARGET = "logits"
@@ -123,10 +129,12 @@ def _add_mimic(node: CN) -> None:
     node.MIMIC.FEATURE_POINT = "post_relu"
     # False: the mimic loss also moves the T-head towards the S-head. Ours.
     node.MIMIC.DETACH_TEACHER = True
-    # Boxes per image that are compared, drawn at random from those of the T-head; -1: all (paper).
+    # Most of these boxes of an image, drawn at random; -1: all (paper).
     node.MIMIC.NUM_SAMPLES = -1
     # Smallest norm of a vector in the cosine; it bounds the gradient at zero vectors. Ours.
     node.MIMIC.EPS = 0.01
+    # Ours. Of the T-head on the student's backbone; a separate teacher has KD.MIMICDETTEACHER.
+    add_schedule_config(node.MIMIC)
 
     node.TEACHER = CN()
     # "shared" (the T-head lies on the student's backbone) or "separate" (a frozen MimicDet with its

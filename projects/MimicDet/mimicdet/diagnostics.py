@@ -38,14 +38,12 @@ class StepRecord:
         self.values["s_head/offset_rms"] = statistics["rms"]
         self.values["s_head/offset_spatial_std"] = statistics["spatial_std"]
 
-    def cosines(self, losses: Dict[str, Tensor], weight: float) -> None:
-        """Mean cosine of each mimic loss, which is weight * (1 - cosine)."""
+    def cosines(self, distances: Dict[str, Tensor]) -> None:
+        """Mean cosine of each mimic loss, of which ``distances`` has the unweighted 1 - cosine."""
         if self.values is None:
             return
-        for name, loss in losses.items():
-            self.values[name.replace("loss_mimic_", "mimicdet/cosine_")] = (
-                1 - loss.detach() / weight
-            )
+        for name, distance in distances.items():
+            self.values[name.replace("loss_mimic_", "mimicdet/cosine_")] = 1 - distance.detach()
 
 
 class Diagnostics:

@@ -3,7 +3,7 @@
 import torch
 from detectron2.config import configurable
 
-from kd_d2.distillation import DISTILLER_REGISTRY, Distiller, MethodInfo
+from kd_d2.distillation import DISTILLER_REGISTRY, Distiller, LossSchedule, MethodInfo
 
 from .mimic_loss import MimicLoss
 from .variants import head_variant
@@ -34,15 +34,16 @@ class MimicDetTeacher(Distiller):
     )
 
     @configurable
-    def __init__(self, *, loss: MimicLoss, weight: float = 1.0, split: bool = True):
+    def __init__(self, *, loss: MimicLoss, split: bool = True):
         """
         Args:
-            loss: of weight 1.
-            weight: factor of every term.
+            loss: with the factors of the terms; its schedule is not used.
             split: whether the heads have a feature vector for each branch.
         """
+        names = ("cls", "reg") if split else ("feature",)
+        factors = loss.weights([f"loss_mimic_{name}" for name in names])
         super().__init__(
-            weights=dict.fromkeys(("cls", "reg") if split else ("feature",), weight),
+            weights=dict(zip(names, factors.values())),
             student_needs={"head.s", "path:head", "path:sampler"},
             teacher_needs={"head.t", "path:backbone"},
         )
@@ -62,8 +63,7 @@ class MimicDetTeacher(Distiller):
                 "to 'separate'"
             )
         return {
-            "loss": MimicLoss(**{**MimicLoss.from_config(cfg), "weight": 1.0}),
-            "weight": node.MIMIC.WEIGHT,
+            "loss": MimicLoss(**{**MimicLoss.from_config(cfg), "schedule": LossSchedule()}),
             "split": head_variant(cfg).split,
         }
 
@@ -93,5 +93,5 @@ class MimicDetTeacher(Distiller):
         t_head = ctx.teacher["head.t"]
         with torch.no_grad():
             teacher = t_head.features([features[name] for name in t_head.in_features], boxes)
-        terms = self.loss(student, teacher, num_boxes=[len(x) for x in boxes])
+        terms = self.loss.distances(student, teacher, [x.gt_classes for x in boxes])
         return {name.replace("loss_mimic_", ""): value for name, value in terms.items()}

@@ -1,17 +1,18 @@
 """The loss by which the S-head follows the T-head (Sec. 3.4, eq. 1)."""
 
-from typing import Callable, Dict, Sequence
+from typing import Callable, Dict, Iterable, Sequence
 
 import torch
 from detectron2.config import configurable
 from torch import Tensor
 from torch.nn import functional as F
 
+from kd_d2.distillation import LossSchedule
 from kd_d2.losses.precision import full_precision
 
 from .options import choice
 from .outputs import HeadOutput
-from .rows import random_rows
+from .rows import positive_rows, random_rows
 from .variants import head_variant
 
 __all__ = ["MimicLoss", "cosine_distance", "mimic_losses"]
@@ -102,14 +103,19 @@ def mimic_losses(
 
 
 class MimicLoss:
-    """Weighted mimic losses of B_m, all of the T-head's boxes or a random part of each image's."""
+    """Weighted mimic losses of B_m: the T-head's boxes, or some of them."""
 
     @configurable
     def __init__(
         self,
         *,
         weight: float = 1.0,
+        cls_weight: float = 1.0,
+        reg_weight: float = 1.0,
+        schedule: LossSchedule = LossSchedule(),
+        boxes: str = "all",
         num_samples: int = -1,
+        num_classes: int = 80,
         eps: float = 0.01,
         split: bool = True,
         cls_target: str = "logits",
@@ -119,15 +125,21 @@ class MimicLoss:
         """
         Args:
             weight: factor of every term.
-            num_samples: most boxes of an image, -1: all.
+            cls_weight, reg_weight: further factors of the two terms of split heads.
+            schedule: factor of every term by iteration.
+            boxes: "all" or "objects".
+            num_samples: most of these boxes of an image, drawn at random; -1: all.
+            num_classes: K, the class of the background.
             eps: positive.
             split, cls_target, feature_point, detach_teacher: see :func:`mimic_losses`.
 
         Raises:
             ValueError: a value out of its range, or a name that does not exist.
         """
-        if weight < 0:
-            raise ValueError(f"MODEL.MIMICDET.MIMIC.WEIGHT must not be negative, got {weight}")
+        factors = {"WEIGHT": weight, "CLS_WEIGHT": cls_weight, "REG_WEIGHT": reg_weight}
+        for key, value in factors.items():
+            if value < 0:
+                raise ValueError(f"MODEL.MIMICDET.MIMIC.{key} must not be negative, got {value}")
         if num_samples != -1 and num_samples <= 0:
             raise ValueError(
                 "MODEL.MIMICDET.MIMIC.NUM_SAMPLES must be -1 (all boxes) or positive, got "
@@ -138,7 +150,11 @@ class MimicLoss:
         choice("MIMIC.CLS_TARGET", cls_target, _CLS_TARGETS)
         choice("MIMIC.FEATURE_POINT", feature_point, _FEATURE_POINTS)
         self.weight = weight
+        self.term_weights = {"loss_mimic_cls": cls_weight, "loss_mimic_reg": reg_weight}
+        self.schedule = schedule
+        self.only_objects = choice("MIMIC.BOXES", boxes, {"all": False, "objects": True})
         self.num_samples = num_samples
+        self.num_classes = num_classes
         self._options = {
             "eps": eps,
             "split": split,
@@ -163,7 +179,12 @@ class MimicLoss:
             )
         return {
             "weight": node.WEIGHT,
+            "cls_weight": node.CLS_WEIGHT,
+            "reg_weight": node.REG_WEIGHT,
+            "schedule": LossSchedule.from_node(node.SCHEDULE, cfg.SOLVER.MAX_ITER),
+            "boxes": node.BOXES,
             "num_samples": node.NUM_SAMPLES,
+            "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             "eps": node.EPS,
             "split": head_variant(cfg).split,
             "cls_target": node.CLS_TARGET,
@@ -171,17 +192,38 @@ class MimicLoss:
             "detach_teacher": node.DETACH_TEACHER,
         }
 
-    def __call__(
-        self, student: HeadOutput, teacher: HeadOutput, num_boxes: Sequence[int]
+    def weights(self, names: Iterable[str], iteration: int = 0) -> Dict[str, float]:
+        """Return the factor of each term of :meth:`distances` at an iteration."""
+        factor = self.weight * self.schedule(iteration)
+        return {name: factor * self.term_weights.get(name, 1.0) for name in names}
+
+    def distances(
+        self, student: HeadOutput, teacher: HeadOutput, gt_classes: Sequence[Tensor]
     ) -> Dict[str, Tensor]:
-        """Return the terms of :func:`mimic_losses` times the weight.
+        """Return the terms of :func:`mimic_losses`, unweighted.
 
         Args:
             student, teacher: outputs for the boxes of the T-head, those of all images in order.
-            num_boxes: how many boxes of ``student`` and ``teacher`` each image has.
+            gt_classes: (R_i,) of the boxes of each image, the background is K.
         """
-        if self.num_samples >= 0:
-            rows = random_rows(num_boxes, self.num_samples, student.logits.device)
+        num_boxes = [len(x) for x in gt_classes]
+        limit = max(num_boxes, default=0) if self.num_samples < 0 else self.num_samples
+        if self.only_objects:
+            rows = positive_rows(torch.cat(list(gt_classes)), num_boxes, limit, self.num_classes)
             student, teacher = student.rows(rows), teacher.rows(rows)
-        losses = mimic_losses(student, teacher, **self._options)
-        return {name: self.weight * loss for name, loss in losses.items()}
+        elif self.num_samples >= 0:
+            rows = random_rows(num_boxes, limit, student.logits.device)
+            student, teacher = student.rows(rows), teacher.rows(rows)
+        return mimic_losses(student, teacher, **self._options)
+
+    def __call__(
+        self,
+        student: HeadOutput,
+        teacher: HeadOutput,
+        gt_classes: Sequence[Tensor],
+        iteration: int = 0,
+    ) -> Dict[str, Tensor]:
+        """Return the terms of :meth:`distances` times their factors at ``iteration``."""
+        terms = self.distances(student, teacher, gt_classes)
+        weights = self.weights(terms, iteration)
+        return {name: weights[name] * value for name, value in terms.items()}

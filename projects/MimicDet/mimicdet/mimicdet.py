@@ -13,6 +13,7 @@ from detectron2.modeling import (
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .diagnostics import Diagnostics
@@ -34,7 +35,8 @@ _EVAL_HEADS = {"student": False, "teacher": True}  # whether the T-head is evalu
 class MimicDet(DenseDetector):
     """Backbone, refinement module, S-head and, for training, T-head.
 
-    All losses are added up with weight 1 but the mimic loss, which has its own. In eval mode the
+    All losses are added up with weight 1 but the mimic loss, which has its own weights and a
+    schedule. In eval mode the
     finest level is not computed unless the T-head is evaluated.
     """
 
@@ -204,9 +206,10 @@ class MimicDet(DenseDetector):
                 self._visualize(batched_inputs, student, labelled)
             if self.mimic_loss is not None:
                 pair = self.s_head.predict(aligned, sampled), teacher
-                mimic = self.mimic_loss(*pair, num_boxes=[len(x) for x in sampled])
-                losses.update(mimic)
-                record.cosines(mimic, self.mimic_loss.weight)
+                mimic = self.mimic_loss.distances(*pair, [x.gt_classes for x in sampled])
+                weights = self.mimic_loss.weights(mimic, get_event_storage().iter)
+                losses.update({name: weights[name] * value for name, value in mimic.items()})
+                record.cosines(mimic)
         return losses
 
     def inference(self, images: ImageList) -> List[Instances]:

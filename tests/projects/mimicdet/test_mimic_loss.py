@@ -27,6 +27,11 @@ def _output(logits, reg_feature, cls_feature=None, deltas=None):
     )
 
 
+def _classes(num_boxes):
+    """Any classes of so many boxes an image."""
+    return [torch.zeros(count, dtype=torch.int64) for count in num_boxes]
+
+
 # eq. 1 with two boxes: 1 - 24/25 and 1, 0.043817 and 0
 TEACHER = _output([[2.0, 1, 0], [0, 0, 5]], [[3.0, 4], [1, 0]])
 STUDENT = _output([[3.0, 2, 1], [0, 0, 1]], [[4.0, 3], [0, 1]])
@@ -108,7 +113,7 @@ def test_no_boxes_give_a_connected_zero(detach):
     sides = [
         HeadOutput(*(torch.zeros(0, d, requires_grad=True) for d in (6, 6, 5, 4))) for _ in range(2)
     ]
-    losses = MimicLoss(detach_teacher=detach)(*sides, num_boxes=[0, 0])
+    losses = MimicLoss(detach_teacher=detach)(*sides, _classes([0, 0]))
     assert all(x.item() == 0 for x in losses.values())
     sum(losses.values()).backward()
     assert sides[0].logits.grad is not None and sides[0].reg_feature.grad is not None
@@ -131,12 +136,12 @@ def test_random_subset_is_taken_per_image_and_of_both_sides():
     rows = torch.eye(13).requires_grad_()
     output = HeadOutput(rows, rows, rows, torch.zeros(13, 4))
     teacher = HeadOutput(*(x.detach() * 2 for x in output))
-    losses = MimicLoss(num_samples=3)(output, teacher, counts)
+    losses = MimicLoss(num_samples=3)(output, teacher, _classes(counts))
     assert all(x.item() == pytest.approx(0, abs=1e-6) for x in losses.values())
     seen = set()
     for _ in range(40):
         other = teacher._replace(logits=torch.ones(13, 13))
-        loss = MimicLoss(num_samples=3)(output, other, counts)["loss_mimic_cls"]
+        loss = MimicLoss(num_samples=3)(output, other, _classes(counts))["loss_mimic_cls"]
         (gradient,) = torch.autograd.grad(loss, rows)
         picked = gradient.abs().sum(1) > 0
         assert [int(x.sum()) for x in picked.split(counts)] == [3, 0, 2, 3]
@@ -148,20 +153,57 @@ def test_weight_and_config():
     cfg = get_cfg()
     node = cfg.MODEL.MIMICDET
     node.MIMIC.WEIGHT, node.MIMIC.CLS_TARGET, node.MIMIC.EPS = 2.5, "logits", 5.0
-    losses = MimicLoss(cfg)(STUDENT, TEACHER, [1, 1])
+    losses = MimicLoss(cfg)(STUDENT, TEACHER, _classes([1, 1]))
     # no norm but one reaches eps = 5: divided by 25 each
     assert losses["loss_mimic_reg"].item() == pytest.approx(2.5 * (1 - 24 / 25 + 1) / 2, abs=1e-6)
     assert losses["loss_mimic_cls"].item() == pytest.approx(
         2.5 * (1 - 8 / 25 + 1 - 5 / 25) / 2, abs=1e-6
     )
     node.T_HEAD.VARIANT = "light"
-    assert set(MimicLoss(cfg)(STUDENT, TEACHER, [1, 1])) == {"loss_mimic_feature"}
+    assert set(MimicLoss(cfg)(STUDENT, TEACHER, _classes([1, 1]))) == {"loss_mimic_feature"}
+
+
+def test_factors_of_the_terms_and_schedule():
+    cfg = get_cfg()
+    node = cfg.MODEL.MIMICDET.MIMIC
+    node.WEIGHT, node.CLS_WEIGHT, node.REG_WEIGHT = 2.0, 5.0, 0.5
+    node.SCHEDULE.START_ITER, node.SCHEDULE.WARMUP_ITERS = 10, 1
+    loss = MimicLoss(cfg)
+    values = MimicLoss()(STUDENT, TEACHER, _classes([1, 1]))
+    # before the start, in the warm-up and behind it
+    for iteration, factor in ((9, 0.0), (10, 0.5), (11, 1.0)):
+        terms = loss(STUDENT, TEACHER, _classes([1, 1]), iteration)
+        assert terms["loss_mimic_cls"] == pytest.approx(10 * factor * values["loss_mimic_cls"])
+        assert terms["loss_mimic_reg"] == pytest.approx(factor * values["loss_mimic_reg"])
+
+
+def test_boxes_that_are_objects():
+    torch.manual_seed(0)
+    # three classes; the second image has one object, the third none
+    classes = [torch.tensor(x) for x in ([0, 3, 2, 1], [3, 0], [3, 3])]
+    rows = torch.eye(8).requires_grad_()
+    output, others = HeadOutput(rows, rows, rows, rows), torch.ones(8, 8)
+    teacher = HeadOutput(others, others, others, others)
+    for samples, expected in ((-1, [3, 1, 0]), (2, [2, 1, 0])):
+        loss = MimicLoss(boxes="objects", num_samples=samples, num_classes=3)
+        terms = loss(output, teacher, classes)
+        # the mean over the boxes that are left
+        assert terms["loss_mimic_reg"].item() == pytest.approx(1 - 8**-0.5, abs=1e-6)
+        (gradient,) = torch.autograd.grad(terms["loss_mimic_cls"], rows)
+        picked = (gradient.abs().sum(1) > 0).split([4, 2, 2])
+        assert [int(x.sum()) for x in picked] == expected
+        assert not any((x & (c == 3)).any() for x, c in zip(picked, classes))
+    background = [torch.full_like(x, 3) for x in classes]
+    nothing = MimicLoss(boxes="objects", num_classes=3)(output, teacher, background)
+    assert all(x.item() == 0 and x.requires_grad for x in nothing.values())
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"weight": -1.0}, "MIMIC.WEIGHT .* -1.0"),
+        ({"reg_weight": -2.0}, "MIMIC.REG_WEIGHT .* -2.0"),
+        ({"boxes": "positives"}, "MIMIC.BOXES .*'all', 'objects'.*positives"),
         ({"num_samples": 0}, "MIMIC.NUM_SAMPLES .* 0"),
         ({"eps": 0.0}, "MIMIC.EPS .* 0.0"),
         ({"cls_target": "probs"}, "MIMIC.CLS_TARGET .*'feature', 'logits'.*probs"),
@@ -192,7 +234,7 @@ def _gradients_of_heads(detach_teacher=True, detach_deltas=True, variant="dual")
     deltas = pyramid(S_STRIDES, channels=4, seed=1, requires_grad=True)
     output = student.predict(student(coarse, deltas), boxes)
     loss = MimicLoss(detach_teacher=detach_teacher, split=split)
-    sum(loss(output, teacher.features(fine, boxes), [5, 4]).values()).backward()
+    sum(loss(output, teacher.features(fine, boxes), _classes([5, 4])).values()).backward()
 
     def some(tensors):
         return any(x.grad is not None and x.grad.any() for x in tensors)
