@@ -129,9 +129,9 @@ def add_kd_config(cfg: CN) -> None:
     cfg.KD.EVAL_TEACHER = "never"
     # Number of images of each data set that "sample" looks at.
     cfg.KD.EVAL_TEACHER_IMAGES = 100
-    # Every so many iterations log |d L_kd / d pyramid| / |d L_det / d pyramid| per distiller and
-    # term, at the cost of extra backward passes. 0: never. Before training:
-    # tools/calibrate_kd.py.
+    # Every so many iterations log |d L_kd / d pyramid| / |d L_det / d pyramid| and the cosine of
+    # both gradients per distiller and term, at the cost of extra backward passes. 0: never. Before
+    # training: tools/calibrate_kd.py.
     cfg.KD.GRAD_RATIO_PERIOD = 0
     # Stop on all ranks when a distillation term is NaN or infinite, naming it.
     cfg.KD.CHECK_FINITE = True

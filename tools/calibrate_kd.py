@@ -6,10 +6,11 @@
 
 Runs training iterations on the config's data without changing a weight (or with --train), and
 prints for every term the norm of its gradient at the pyramid and at the student's parameters,
-divided by that of the detection losses of the same iteration. The suggested weights bring the
-mean ratio at the pyramid to the target; with --by-term that of every term to the target which its
-distiller declares. Runs in one process, in fp32, without the schedules of the
-distillers; nothing is written.
+divided by that of the detection losses of the same iteration, and the cosine of both gradients,
+which is below 0 where the term pulls against the detector. The suggested weights bring the mean
+ratio at the pyramid to the target; with --by-term that of every term to the target which its
+distiller declares. Runs in one process, in fp32, without the schedules of the distillers; nothing
+is written.
 
 Ratios are far too large while the student's head is at its random initialisation, and change all
 through training. Train on before measuring (--warmup), give the weights of a trained student
@@ -42,7 +43,10 @@ from kd_d2.engine.calibration import (
 from kd_d2.engine.main import check, short_errors
 from kd_d2.engine.weight_suggestions import Suggestion, power_of_two, suggest
 
-_HEADER = ["loss", "weight", "raw value", "at the pyramid", "min .. max", "at the parameters"]
+_HEADER = [
+    *("loss", "weight", "raw value", "at the pyramid", "min .. max", "cosine"),
+    *("at the parameters", "cosine"),
+]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -196,7 +200,8 @@ def as_text(result: Dict[str, Any], markdown: bool = False) -> str:
     lines = [
         f"{result['iterations']} iterations of {result['images per iteration']} images, {how}. "
         "Ratios are gradient norms divided by those of the detection losses, mean ± standard "
-        "deviation over the iterations.",
+        "deviation over the iterations; cosines are those of both gradients, below 0 where a loss "
+        "pulls against the detection losses.",
         "Detection losses: "
         f"{_pm(detection.norms['pyramid'])} at the pyramid, "
         f"{_pm(detection.norms['parameters'])} at the parameters.",
@@ -228,7 +233,9 @@ def _row(pull: Pull) -> List[str]:
         "" if pull.raw is None else _pm(pull.raw),
         _pm(ratio),
         f"{_short(ratio.min)} .. {_short(ratio.max)}",
+        _pm(pull.cosines["pyramid"]),
         _pm(pull.ratios["parameters"]),
+        _pm(pull.cosines["parameters"]),
     ]
 
 

@@ -10,7 +10,7 @@ from .distiller import (
     sigmoid_classes,
     teacher_wanted,
 )
-from .gradients import gradient_norms
+from .gradients import Gradient, compare_gradients, gradient_norms
 from .method_info import MethodInfo
 from .model import KDModel
 from .recorder import ModuleRecorder, RecordedCall
@@ -26,6 +26,7 @@ __all__ = [
     "DetectorTeacher",
     "DistillationContext",
     "Distiller",
+    "Gradient",
     "KDModel",
     "Key",
     "KeyInfo",
@@ -41,6 +42,7 @@ __all__ = [
     "build_distillers",
     "build_tap",
     "build_teacher",
+    "compare_gradients",
     "freeze",
     "gradient_norms",
     "require_equal",

@@ -1,6 +1,7 @@
 """The module that is trained: a student and its distillers, with a teacher held aside."""
 
 import logging
+import math
 from typing import Any, Dict, List, Mapping, Optional
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from .context import DistillationContext, StudentView
 from .distiller import Distiller
-from .gradients import gradient_norms
+from .gradients import compare_gradients
 from .schedule import LossSchedule
 from .taps import build_tap
 from .teacher import Teacher
@@ -102,7 +103,7 @@ class KDModel(nn.Module):
                 kd_losses[f"loss_kd/{label}/{term}"] = value
         self._log_raw(ctx.raw)
         if self.grad_ratio_period and iteration % self.grad_ratio_period == 0:
-            self._log_gradient_ratios(losses, kd_losses, observation)
+            self._log_gradients(losses, kd_losses, observation)
         return {**losses, **kd_losses}
 
     def _context(self, batched_inputs, observation, iteration) -> DistillationContext:
@@ -153,9 +154,9 @@ class KDModel(nn.Module):
                     "it does not teach anything; check its region, weight and taps"
                 )
 
-    def _log_gradient_ratios(self, losses, kd_losses, observation) -> None:
-        """Log |d L_kd / d pyramid| / |d L_det / d pyramid| per distiller, and per term of those
-        that have several.
+    def _log_gradients(self, losses, kd_losses, observation) -> None:
+        """Log |d L_kd / d pyramid| / |d L_det / d pyramid| and the cosine of both gradients per
+        distiller, and per term of those that have several.
 
         Gradients with respect to activations do not reach any parameter, hence not DDP's hooks.
         """
@@ -163,15 +164,19 @@ class KDModel(nn.Module):
         features = [f for f in pyramid.values() if f.requires_grad]
         if not features:
             return
-        pulls = {None: sum(losses.values())}  # no distiller's label
+        detector = ""  # no distiller's label
+        pulls = {detector: sum(losses.values())}
         for label, distiller in self.distillers.items():
             terms = {f"{label}/{t}": kd_losses[f"loss_kd/{label}/{t}"] for t in distiller.terms}
             pulls[label] = sum(terms.values())
             pulls.update(terms if len(terms) > 1 else {})
-        norms = {k: v["pyramid"] for k, v in gradient_norms(pulls, {"pyramid": features}).items()}
-        detection = max(norms.pop(None), 1e-12)
-        for name, norm in norms.items():
+        gradients = compare_gradients(pulls, {"pyramid": features}, detector)
+        detection = max(gradients.pop(detector)["pyramid"].norm, 1e-12)
+        for name, of in gradients.items():
+            norm, cosine = of["pyramid"]
             get_event_storage().put_scalar(f"kd_grad_ratio/{name}", norm / detection)
+            if math.isfinite(cosine):
+                get_event_storage().put_scalar(f"kd_grad_cosine/{name}", cosine)
 
 
 class _LazyTeacher:

@@ -28,7 +28,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kd_d2.checkpoint import KDCheckpointer
-from kd_d2.distillation import KDModel, ModuleRecorder, gradient_norms
+from kd_d2.distillation import Gradient, KDModel, ModuleRecorder, compare_gradients
 
 from .init_student import FrozenStatistics, copy_from_teacher
 from .trainer import KDTrainer, check_classes
@@ -96,6 +96,8 @@ class Pull:
         weight: factor of the term in the total loss; None for sums.
         norms: group ("pyramid", "parameters") -> norm of the gradient.
         ratios: the same divided by that of "detection", iteration by iteration.
+        cosines: group -> cosine of the gradients of this loss and of "detection"; below 0 they
+            pull against each other.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Pull:
     weight: Optional[float]
     norms: Dict[str, Spread]
     ratios: Dict[str, Spread]
+    cosines: Dict[str, Spread]
 
 
 class Run(NamedTuple):
@@ -225,10 +228,11 @@ def training_update(cfg: CfgNode, model: KDModel) -> Callable[[torch.Tensor], No
 
 def step_gradients(
     model: KDModel, batched_inputs: List[Dict[str, Any]], iteration: int = 0
-) -> Tuple[Dict[str, Dict[str, float]], Dict[str, float], torch.Tensor]:
-    """Return gradient norms of every loss, unweighted values of the terms, and the total loss.
+) -> Tuple[Dict[str, Dict[str, Gradient]], Dict[str, float], torch.Tensor]:
+    """Return gradients of every loss, unweighted values of the terms, and the total loss.
 
-    The norms are by the names of :class:`Pull` and by group; schedules count as in training.
+    Norms, and cosines with the detection losses, are by the names of :class:`Pull` and by group;
+    schedules count as in training.
     """
     recorder = ModuleRecorder(model.student, ["backbone"])
     with EventStorage(iteration) as storage, recorder:
@@ -255,7 +259,7 @@ def step_gradients(
         for name, (value, _) in storage.latest().items()
         if name.startswith("kd_raw/")
     }
-    return gradient_norms(pulls, inputs), raw, detection + everything
+    return compare_gradients(pulls, inputs, DETECTION), raw, detection + everything
 
 
 def measure(
@@ -287,20 +291,20 @@ def measure(
             "KD.INIT_STUDENT.FREEZE leave nothing that distillation could change"
         )
     schedules, model.schedules = model.schedules, {}
-    norms, raws = [], []
+    gradients, raws = [], []
     try:
         for i, batch in enumerate(progress(itertools.islice(batches, iterations))):
-            norm, raw, total = step_gradients(model, batch, i)
-            norms.append(norm)
+            gradient, raw, total = step_gradients(model, batch, i)
+            gradients.append(gradient)
             raws.append(raw)
             if update is not None:
                 update(total)
     finally:
         model.schedules = schedules
-    return _pulls(model, norms, raws)
+    return _pulls(model, gradients, raws)
 
 
-def _pulls(model: KDModel, norms: List[Dict], raws: List[Dict]) -> List[Pull]:
+def _pulls(model: KDModel, steps: List[Dict], raws: List[Dict]) -> List[Pull]:
     weights = {
         f"{label}/{term}": weight
         for label, distiller in model.distillers.items()
@@ -316,11 +320,14 @@ def _pulls(model: KDModel, norms: List[Dict], raws: List[Dict]) -> List[Pull]:
             name=name,
             raw=Spread.of([raw[name] for raw in raws]) if name in weights else None,
             weight=weights.get(name),
-            norms={g: Spread.of([step[name][g] for step in norms]) for g in GROUPS},
+            norms={g: Spread.of([step[name][g].norm for step in steps]) for g in GROUPS},
             ratios={
-                g: Spread.of([_ratio(step[name][g], step[DETECTION][g]) for step in norms])
+                g: Spread.of(
+                    [_ratio(step[name][g].norm, step[DETECTION][g].norm) for step in steps]
+                )
                 for g in GROUPS
             },
+            cosines={g: Spread.of([step[name][g].cosine for step in steps]) for g in GROUPS},
         )
         for name in order
     ]

@@ -58,7 +58,7 @@ _GROUPS: Sequence[Tuple[str, Callable[[str], bool]]] = (
     ("Losses", lambda name: name in (TOTAL, "total_loss") or name.startswith("loss")),
     ("Distillation terms before their weights", _starts("kd_raw/")),
     ("Factors of the schedules", _starts("kd_factor/")),
-    ("Gradients of the methods relative to the detector's", _starts("kd_grad_ratio/")),
+    ("Gradients of the methods relative to the detector's", _starts("kd_grad_")),
     ("Learning rate", lambda name: name == "lr"),
     ("Other scalars", lambda name: True),
 )

@@ -1,9 +1,11 @@
-"""Gradient norms against closed forms and finite differences."""
+"""Gradient norms and cosines against closed forms."""
+
+import math
 
 import pytest
 import torch
 
-from kd_d2.distillation import gradient_norms
+from kd_d2.distillation import compare_gradients, gradient_norms
 
 
 def test_norms_of_a_polynomial():
@@ -37,3 +39,27 @@ def test_what_is_not_finite_is_told_and_half_precision_does_not_overflow():
     half = torch.ones(4, dtype=torch.float16, requires_grad=True)
     norms = gradient_norms({"big": (half * 6e4).float().sum()}, {"half": [half]})
     assert norms["big"]["half"] == pytest.approx(2 * 6e4, rel=1e-3)  # its square is no fp16
+
+
+def test_cosines_with_a_reference():
+    x = torch.tensor([3.0, 4.0], requires_grad=True)
+    y = torch.tensor(1.0, requires_grad=True)
+    losses = {
+        "along": 2 * x[0] + 0 * y,  # (2, 0), 0
+        "reference": x[0] + x[1],  # (1, 1), none
+        "against": y - (x**2).sum(),  # (-6, -8), 1
+        "across": x[0] - x[1],  # (1, -1), none
+        "constant": torch.tensor(1.0),
+    }
+    found = compare_gradients(losses, {"x": [x], "all": [x, y]}, "reference")
+    assert list(found) == list(losses)
+    assert found["along"]["x"] == pytest.approx((2.0, 2**-0.5))
+    assert found["reference"]["x"] == pytest.approx((2**0.5, 1.0))
+    assert found["against"]["x"] == pytest.approx((10.0, -14 / (10 * 2**0.5)))
+    # what the reference does not depend on makes the angle larger
+    assert found["against"]["all"] == pytest.approx((101**0.5, -14 / (101 * 2) ** 0.5))
+    assert found["across"]["x"] == pytest.approx((2**0.5, 0.0), abs=1e-7)
+    assert found["constant"]["x"].norm == 0 and math.isnan(found["constant"]["x"].cosine)
+    assert {n: g["x"].norm for n, g in found.items()} == pytest.approx(
+        {n: g["x"] for n, g in gradient_norms(losses, {"x": [x]}).items()}
+    )

@@ -484,17 +484,30 @@ def test_logged_gradient_ratio_equals_an_independent_computation():
         "imitation": sum(terms.values()),
         "mimic": 0.3 * sum((a - b).abs().mean() for a, b in zip(predictions[0], theirs_logits)),
     }
-    norms = {}
+    cosines = {
+        name[len("kd_grad_cosine/") :]: value
+        for name, (value, _) in storage.latest().items()
+        if name.startswith("kd_grad_cosine/")
+    }
+    assert set(cosines) == set(logged)
+    norms, directions = {}, {}
     for name, total in totals.items():
         for leaf in leaves.values():
             leaf.grad = None
         total.backward(retain_graph=True)
-        gradients = [x.grad.double() for x in leaves.values() if x.grad is not None]
-        squares = [(g**2).sum() for g in gradients]
-        norms[name] = sum(squares).sqrt().item()
+        gradients = [
+            (torch.zeros_like(x) if x.grad is None else x.grad).double().flatten()
+            for x in leaves.values()
+        ]
+        directions[name] = torch.cat(gradients)
+        norms[name] = directions[name].norm().item()
     for label, ratio in logged.items():
         assert ratio > 0
         assert ratio == pytest.approx(norms[label] / norms["detection"], rel=1e-4)
+        product = directions[label] @ directions["detection"]
+        assert cosines[label] == pytest.approx(
+            product.item() / norms[label] / norms["detection"], abs=1e-5
+        )
     # no trace on parameters, and the step itself still works
     assert all(p.grad is None for p in model.parameters())
     sum(losses.values()).backward()

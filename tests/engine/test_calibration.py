@@ -123,6 +123,9 @@ def test_ratios_are_those_of_the_closed_form():
             assert (spread.min, spread.max) == pytest.approx((expected[0], expected[2]))
             assert spread.median == pytest.approx(expected[1])
             assert spread.std == pytest.approx(torch.tensor(expected).std().item())
+            # images are positive, so all gradients have one direction or the opposite one
+            cosine = pulls[name].cosines[group]
+            assert [cosine.min, cosine.max] == pytest.approx([-1 if name == "b/minus" else 1] * 2)
         assert pulls[name].norms["pyramid"].max == pytest.approx(c * w * 4 * root)
         assert pulls[name].norms["parameters"].max == pytest.approx(c * w * 16 * SIZE)
     # they pull in opposite directions: 1.75 - 1
@@ -153,8 +156,8 @@ def test_weights_do_not_change_unless_there_is_an_update():
 def test_schedules_count_in_a_step_and_not_in_a_measurement():
     schedule = LossSchedule(0, 10, decay="linear")
     model = kd_model({"a": Square({"x": lambda i: 1.0})}, schedules={"a": schedule})
-    norms, raw, _ = step_gradients(model, next(batches()), 5)
-    assert norms["a/x"]["pyramid"] == pytest.approx(0.5 * 2 * SIZE**0.5)
+    gradients, raw, _ = step_gradients(model, next(batches()), 5)
+    assert gradients["a/x"]["pyramid"].norm == pytest.approx(0.5 * 2 * SIZE**0.5)
     assert raw["a/x"] == pytest.approx(0.5 * 4 * SIZE)
     pulls = by_name(measure(model, batches(), 6))
     assert pulls["a/x"].ratios["pyramid"].min == pytest.approx(2 / 3)
@@ -199,6 +202,7 @@ def test_a_detector_without_gradient_gives_no_ratio():
     }
     pulls = measure(model, batches(), 2)
     assert math.isnan(by_name(pulls)["a/x"].ratios["pyramid"].mean)
+    assert math.isnan(by_name(pulls)["a/x"].cosines["pyramid"].mean)
     assert "detection: no gradient reaches the student" in warnings_of(pulls)
 
 

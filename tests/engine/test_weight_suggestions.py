@@ -58,7 +58,7 @@ def built(cfg):
 
 def pull(name, ratio, **kwargs):
     spread = Spread(ratio, 0.0, ratio, ratio, ratio)
-    return Pull(name, None, None, {"pyramid": spread}, {"pyramid": spread})
+    return Pull(name, None, None, {"pyramid": spread}, {"pyramid": spread}, {})
 
 
 TERMS = CN(

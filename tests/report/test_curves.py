@@ -15,6 +15,7 @@ def test_groups():
     first = Run("a", "a", series={
         "loss_cls": values, "loss_box": values, "loss_kd/pkd/feat": values, "lr": values,
         "kd_raw/pkd/feat": values, "kd_factor/pkd": values, "kd_grad_ratio/pkd": values,
+        "kd_grad_cosine/pkd": values,
         "total_loss": values, "bbox/AP": [(39, 7.0)], "bbox/AP-cat": [(39, 7.0)],
         "tide/Cls": [(39, 1.0)], "tide/Cls-50": [(39, 1.0)], "time": values,
         "teacher/d/AP": [(0, 60.0)], "num_pos_anchors": values,
@@ -27,7 +28,10 @@ def test_groups():
         "Distillation terms, weighted": ["loss_kd/pkd/feat"],
         "Distillation terms before their weights": ["kd_raw/pkd/feat"],
         "Factors of the schedules": ["kd_factor/pkd"],
-        "Gradients of the methods relative to the detector's": ["kd_grad_ratio/pkd"],
+        "Gradients of the methods relative to the detector's": [
+            "kd_grad_cosine/pkd",
+            "kd_grad_ratio/pkd",
+        ],
         "Learning rate": ["lr"],
         "Other scalars": ["num_pos_anchors", "tide/Cls"],
     }
