@@ -50,6 +50,18 @@ def add_classifier_config(cfg: CN) -> None:
     # Distort every crop of mode "object" as SSD does: for a teacher of SSD. The flip is that of
     # INPUT.RANDOM_FLIP.
     node.PHOTOMETRIC = False
+    # Distort every crop of mode "object" geometrically, by torchvision: rotation and shear of up to
+    # so many degrees to either side, factors between two, shift of up to a part of the side; and
+    # smoothed noise of ALPHA pixels, SIGMA pixels wide (ElasticTransform). For data sets that a
+    # classifier would know by heart. Ours; the paper has neither.
+    node.AFFINE = CN()
+    node.AFFINE.DEGREES = 0.0
+    node.AFFINE.SHEAR = 0.0
+    node.AFFINE.SCALE = (1.0, 1.0)
+    node.AFFINE.TRANSLATE = 0.0
+    node.ELASTIC = CN()
+    node.ELASTIC.ALPHA = 0.0
+    node.ELASTIC.SIGMA = 5.0
     # Mode "online": crops per process that wait to be drawn into a batch. 1024 crops of 112 x 112
     # are 154 MB. Ours.
     node.SHUFFLE_BUFFER = 1024

@@ -5,7 +5,7 @@ colour beyond the border of the image (:func:`kd_d2.modeling.layers.box_crop.cro
 leave here as float32 of 0..255, in the student's order of channels; the classifier normalises them.
 """
 
-from typing import Any, Callable, Dict, Iterator, List, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from kd_d2.data import (
 )
 from kd_d2.modeling.layers.box_crop import crop_boxes
 
+from .crop_distortion import build_crop_distortion
 from .crop_files import check_crop_files, patch_bounds, patch_file
 from .crop_index import CropIndex, load_crop_indices
 from .record_loaders import (
@@ -107,6 +108,7 @@ class CropMapper:
         image_format: str,
         fill: Sequence[float],
         augmentations: Sequence[T.Augmentation] = (),
+        distortion: Optional[Callable[[Tensor], Tensor]] = None,
     ):
         """
         Args:
@@ -114,11 +116,13 @@ class CropMapper:
             image_format: "RGB" or "BGR".
             fill: colour beyond the border of the image, in that order.
             augmentations: applied to the stretched crop.
+            distortion: applied to the stretched crop before them.
         """
         self.size = size
         self.image_format = image_format
         self.fill = torch.tensor(fill, dtype=torch.float32)
         self.augmentations = T.AugmentationList(augmentations)
+        self.distortion = distortion
 
     def __call__(self, record: Dict[str, Any]) -> Dict[str, Any]:
         width, height = record["width"], record["height"]
@@ -134,6 +138,8 @@ class CropMapper:
         box = np.clip(record["box"], 0, [width, height, width, height]) - [x0, y0, x0, y0]
         pixels = torch.as_tensor(np.ascontiguousarray(patch.transpose(2, 0, 1)))
         crop = crop_raw(pixels, torch.as_tensor(box)[None], self.size, self.fill)[0]
+        if self.distortion is not None:
+            crop = self.distortion(crop)
         inputs = T.AugInput(np.ascontiguousarray(crop.numpy().transpose(1, 2, 0)))
         self.augmentations(inputs)
         crop = np.ascontiguousarray(inputs.image.transpose(2, 0, 1), dtype=np.float32)
@@ -285,6 +291,7 @@ def _object_mapper(cfg, is_train: bool) -> CropMapper:
         image_format=cfg.INPUT.FORMAT,
         fill=cfg.MODEL.PIXEL_MEAN,
         augmentations=_augmentations(cfg) if is_train else (),
+        distortion=build_crop_distortion(cfg) if is_train else None,
     )
 
 
