@@ -24,8 +24,9 @@ def add_dicod_config(cfg: CN) -> None:
     # Temperature T of eqs. 2 to 7, above 0; both sides. Paper: 2 for all students.
     node.CLS.T = 2.0
     # Name in CLS_MODES: "SoftmaxKL" (eqs. 2 to 4; SSD, R-CNN), "BinaryKL" (eqs. 5 to 7; sigmoids),
-    # "SigmoidL1KL" (sigmoids divided by their sum; not in the paper, blind to a common factor), or
-    # "auto": SoftmaxKL for a softmax with background, BinaryKL for sigmoids.
+    # "SigmoidL1KL" (sigmoids divided by their sum; not in the paper, blind to a common factor),
+    # "ForegroundSoftmaxKL" (SSD, R-CNN: softmaxes without the background; ours), or "auto":
+    # SoftmaxKL for a softmax with background, BinaryKL for sigmoids.
     node.CLS.MODE = "auto"
 
     # Distillation of the localisation (Sec. 3.2): crops of predicted boxes against those of their

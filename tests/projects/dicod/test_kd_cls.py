@@ -6,11 +6,23 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
-from kd_d2.projects.dicod.kd_cls import CLS_MODES, BinaryKL, SigmoidL1KL, SoftmaxKL
+from kd_d2.projects.dicod.kd_cls import (
+    CLS_MODES,
+    BinaryKL,
+    ForegroundSoftmaxKL,
+    SigmoidL1KL,
+    SoftmaxKL,
+)
 
 TEACHER = torch.tensor([[3.0, 1.0, 0.0]])
 OURS = [2.0, 0.0, -1.0]
-MODES = ("SoftmaxKL", "BinaryKL", "SigmoidL1KL")
+SCORES = {
+    "SoftmaxKL": "softmax",
+    "ForegroundSoftmaxKL": "softmax",
+    "BinaryKL": "sigmoid",
+    "SigmoidL1KL": "sigmoid",
+}
+MODES = tuple(SCORES)
 every_mode = pytest.mark.parametrize("name", MODES)
 
 
@@ -28,8 +40,7 @@ def noise(name, rows=64, classes=80, dtype=torch.float64):
 
 
 def test_registry():
-    assert {name for name, _ in CLS_MODES} == set(MODES)
-    assert [CLS_MODES.get(name).scores for name in MODES] == ["softmax", "sigmoid", "sigmoid"]
+    assert {name: mode.scores for name, mode in CLS_MODES} == SCORES
 
 
 def test_softmax_values_and_gradient():
@@ -50,6 +61,19 @@ def test_softmax_with_the_teachers_classes_is_the_backgrounds_share():
     assert flat.tolist() == pytest.approx([0.0496901] * 2, abs=1e-6)
     assert 0.4 * flat[0].item() == pytest.approx(0.0198760, abs=1e-6)
     assert flat[0].item() == pytest.approx(4 * math.log(81 / 80), abs=1e-6)
+
+
+def test_foreground_softmax_leaves_the_background_alone():
+    """4 KL of (0.6285, 0.2312, 0.1402) and (0.3072, 0.5065, 0.1863)."""
+    mode = ForegroundSoftmaxKL(2.0)
+    found = [value(mode, 1.0, 2.0, 0.0, background) for background in (-9.0, 1.0, 9.0)]
+    assert found == pytest.approx([0.9152826] * 3, abs=1e-6)
+    assert value(mode, *OURS, 1.0) == pytest.approx(0, abs=1e-6)  # the teacher's, shifted by -1
+    ours = torch.tensor([[1.0, 2.0, 0.0, 1.0]], requires_grad=True)
+    mode(ours, TEACHER).sum().backward()
+    expected = 2 * (torch.tensor([0.5, 1.0, 0.0]).softmax(0) - (TEACHER[0] / 2).softmax(0))
+    torch.testing.assert_close(ours.grad[0, :3], expected, rtol=0, atol=1e-6)
+    assert ours.grad[0, 3] == 0
 
 
 def test_binary_values():
