@@ -98,6 +98,9 @@ def by_distributions(name, ours, theirs, t):
         # background probability 0 for the teacher
         target = torch.cat([(theirs / t).softmax(1), torch.zeros_like(theirs[:, :1])], dim=1)
         return t**2 * kl_divergence(Categorical(target), Categorical(logits=ours / t))
+    if name == "ForegroundSoftmaxKL":
+        pair = Categorical(logits=theirs / t), Categorical(logits=ours[:, :-1] / t)
+        return t**2 * kl_divergence(*pair)
     ours, theirs = (ours / t).sigmoid(), (theirs / t).sigmoid()
     if name == "BinaryKL":
         return t**2 * kl_divergence(Bernoulli(theirs), Bernoulli(ours)).sum(1) / ours.shape[1]
