@@ -267,6 +267,7 @@ def test_two_step_normalisation_is_the_native_one():
     [
         ("SSD", "auto", "SoftmaxKL"),
         ("GeneralizedRCNN", "auto", "SoftmaxKL"),
+        ("SSD", "ForegroundSoftmaxKL", "ForegroundSoftmaxKL"),
         ("RetinaNet", "auto", "BinaryKL"),
         ("RetinaNet", "SigmoidL1KL", "SigmoidL1KL"),
     ],
