@@ -40,6 +40,11 @@ class DICOD(Distiller):
     features of the classifier under the predicted box against those under the ground-truth box.
     Without ``cls`` and ``loc_feat`` there is no teacher.
 
+    Attributes:
+        mode: loss of the term ``cls``, or None.
+        pools: view (pixels or layer of the classifier) -> cells a side.
+        layers: the classifier's among these.
+
     ``cls`` is a sum over the positives, divided by the sum of max(positives, 1) over the images of
     this process (published code; the paper's 1 / K if every image has positives). The others are
     means over the positives of this process.
@@ -105,7 +110,7 @@ class DICOD(Distiller):
         self.positives = positives
         self.mode = mode
         self.pools = pools
-        self._layers = layers
+        self.layers = layers
         self._logits_size, self._sample_size = logits_size, sample_size
         self._chunk = chunk
         self._check = TeacherCheck(positives.num_classes)
@@ -150,6 +155,11 @@ class DICOD(Distiller):
     def wants_teacher(cls, cfg):
         return bool({"cls", "loc_feat"} & set(terms_of(cls.config_node(cfg))))
 
+    @property
+    def crop_options(self) -> Dict[str, int]:
+        """Side of the crops that are compared, and most of them at once: "size" and "chunk"."""
+        return {"size": self._sample_size, "chunk": self._chunk}
+
     # ----------------------------------------------------------------------------- compute
     def compute(self, ctx: DistillationContext) -> Dict[str, Tensor]:
         positives = self.positives(ctx)
@@ -188,7 +198,7 @@ class DICOD(Distiller):
         if not self.pools:
             return {}
         options = {"pools": self.pools, "chunk": self._chunk}
-        options["features"] = ctx.teacher.features if self._layers else None
+        options["features"] = ctx.teacher.features if self.layers else None
         views = localisation_loss(
             ctx.images,
             list(positives.boxes.split(positives.counts)),
