@@ -60,6 +60,8 @@ from kd_d2.projects.gdetkd.teacher_queue import TeacherQueue
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 TABLE = [os.path.join(CONFIGS, f"{n}_r18_r50.yaml") for n in ("gfl", "retinanet", "fcos", "atss")]
 MIB = 2**20
+# what the ratio is made of
+WHOLE = ("student step", "teacher forward", "KD step")
 # groups of keys that a teacher has once it is given boxes or crops
 LATER = ("roi", "crops")
 
@@ -89,6 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
         choices=sorted(CLOCKS),
         default="wall",
         help="cpu: processor time of all threads, for a machine that is not idle",
+    )
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="student step, teacher forward and KD step only: for a method whose losses cannot be "
+        "computed again from stored tensors, as MimicDetTeacher's",
     )
     parser.add_argument(
         "--memory-steps", type=int, default=5, help="steps whose peak counts; 0: no memory"
@@ -255,6 +263,8 @@ def measure_time(file: str, args) -> Dict[str, Any]:
             "mechanism": mechanism,
             "KD step": lambda: _step(model, optimizer, batch),
         }
+        if args.whole:
+            parts = {name: parts[name] for name in WHOLE}
         times = interleaved(parts, args)
     weights = model.teacher.model.state_dict().values()
     return {**summary(times), "teacher's weights": sum(w.nbytes for w in weights) / MIB}
@@ -269,15 +279,17 @@ def summary(times: Dict[str, List[float]]) -> Dict[str, Any]:
     """Medians and quartiles of the parts and of what is computed per round.
 
     Args:
-        times: part -> seconds of each round; the parts of :func:`measure_time`.
+        times: part -> seconds of each round; the parts of :func:`measure_time`, or ``WHOLE``.
     """
     rounds = [dict(zip(times, values)) for values in zip(*times.values())]
     used = ("student step", "teacher as used", "distillers", "mechanism")
-    rest = [r["KD step"] - sum(r[name] for name in used) for r in rounds]
+    if set(used) <= set(times):
+        rest = [r["KD step"] - sum(r[name] for name in used) for r in rounds]
+        times = {**times, "rest": rest}
     ratio = [r["KD step"] / (r["student step"] + r["teacher forward"]) for r in rounds]
     return {
         "ratio": spread(ratio),
-        "seconds": {name: spread(values) for name, values in {**times, "rest": rest}.items()},
+        "seconds": {name: spread(values) for name, values in times.items()},
     }
 
 
@@ -341,7 +353,8 @@ def table(results: List[Dict[str, Any]]) -> str:
     header = ["config", *(f"{c}, s" for c in _COLUMNS), "ratio", "extra memory, MiB"]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for result in results:
-        seconds = [f"{result['seconds'][c]['median']:.3f}" for c in _COLUMNS]
+        found = result["seconds"]
+        seconds = [f"{found[c]['median']:.3f}" if c in found else "" for c in _COLUMNS]
         ratio = f"{result['ratio']['median']:.3f} ({span(result['ratio'], 3)})"
         memory = result.get("memory")
         extra = "" if memory is None else f"{memory['extra']:+.0f}"

@@ -155,7 +155,9 @@ def plain_teacher(cfg, model, calls) -> Tuple[torch.nn.Module, Callable]:
         return _plain_classifier(model, calls)
     plain = freeze(build_model(DetectorTeacher.load_config(cfg)))
     plain.load_state_dict(model.teacher.state_to_copy())
-    head = _dense_head if isinstance(plain, DenseDetector) else _roi_head
+    # a MimicDet is dense, but what it teaches is its T-head, on boxes
+    dense = isinstance(plain, DenseDetector) and plain.head is not None
+    head = _dense_head if dense else _roi_head
 
     def forward(batch):
         with torch.no_grad():

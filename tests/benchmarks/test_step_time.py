@@ -236,6 +236,28 @@ def test_a_two_stage_pair_is_measured(step_time, tmp_path):
     assert all(result["seconds"][name]["median"] > 0 for name in PARTS)
 
 
+def test_whole_steps_of_a_mimicdet(step_time, tmp_path):
+    """Its T-head teaches, on boxes; its losses use the student's live graph."""
+    from tests.projects.mimicdet.test_separate_teacher import STUDENT, TEACHER
+    from tests.projects.mimicdet.whole import mimicdet_cfg
+
+    (tmp_path / "teacher.yaml").write_text(mimicdet_cfg(**TEACHER).dump())
+    values = {
+        "KD.TEACHER.CONFIG_FILE": str(tmp_path / "teacher.yaml"),
+        "KD.TEACHER.ALLOW_UNTRAINED": True,
+    }
+    file = tmp_path / "student.yaml"
+    file.write_text(mimicdet_cfg(**STUDENT, **values).dump())
+    args = ["--image-size", "64", "64", "--rounds", "1", "--warmup", "0", "--whole"]
+    result = step_time.measure_time(str(file), step_time.build_parser().parse_args(args))
+    seconds = {name: value["median"] for name, value in result["seconds"].items()}
+    assert set(seconds) == {"student step", "teacher forward", "KD step"}
+    expected = seconds["KD step"] / (seconds["student step"] + seconds["teacher forward"])
+    assert result["ratio"]["median"] == pytest.approx(expected)
+    (line,) = step_time.table([{"config": "a.yaml", **result}]).splitlines()[2:]
+    assert [cell.strip() for cell in line.split("|")][4:6] == ["", ""] and line.count("|") == 9
+
+
 def test_a_step_leaves_the_weights_where_they_are(step_time, config_file):
     args = step_time.build_parser().parse_args(["--image-size", "64", "64"])
     _, model, optimizer, batch = step_time._prepared(config_file, args, distil=True)
