@@ -197,6 +197,11 @@ class MimicLoss:
         factor = self.weight * self.schedule(iteration)
         return {name: factor * self.term_weights.get(name, 1.0) for name in names}
 
+    def weighted(self, terms: Dict[str, Tensor], iteration: int = 0) -> Dict[str, Tensor]:
+        """Return the terms of :meth:`distances` times their factors at ``iteration``."""
+        weights = self.weights(terms, iteration)
+        return {name: weights[name] * value for name, value in terms.items()}
+
     def distances(
         self, student: HeadOutput, teacher: HeadOutput, gt_classes: Sequence[Tensor]
     ) -> Dict[str, Tensor]:
@@ -224,6 +229,4 @@ class MimicLoss:
         iteration: int = 0,
     ) -> Dict[str, Tensor]:
         """Return the terms of :meth:`distances` times their factors at ``iteration``."""
-        terms = self.distances(student, teacher, gt_classes)
-        weights = self.weights(terms, iteration)
-        return {name: weights[name] * value for name, value in terms.items()}
+        return self.weighted(self.distances(student, teacher, gt_classes), iteration)

@@ -36,8 +36,7 @@ class MimicDet(DenseDetector):
     """Backbone, refinement module, S-head and, for training, T-head.
 
     All losses are added up with weight 1 but the mimic loss, which has its own weights and a
-    schedule. In eval mode the
-    finest level is not computed unless the T-head is evaluated.
+    schedule. In eval mode the finest level is not computed unless the T-head is evaluated.
     """
 
     @configurable
@@ -207,8 +206,7 @@ class MimicDet(DenseDetector):
             if self.mimic_loss is not None:
                 pair = self.s_head.predict(aligned, sampled), teacher
                 mimic = self.mimic_loss.distances(*pair, [x.gt_classes for x in sampled])
-                weights = self.mimic_loss.weights(mimic, get_event_storage().iter)
-                losses.update({name: weights[name] * value for name, value in mimic.items()})
+                losses.update(self.mimic_loss.weighted(mimic, get_event_storage().iter))
                 record.cosines(mimic)
         return losses
 

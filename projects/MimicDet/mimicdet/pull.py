@@ -1,11 +1,13 @@
 """How strongly the mimic loss pulls at the S-head and the pyramid, and on which boxes."""
 
 import math
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+
+from kd_d2.distillation import compare_gradients
 
 from .mimic_loss import MimicLoss
 from .mimicdet import MimicDet
@@ -15,6 +17,8 @@ __all__ = ["PLACES", "MimicPull", "mimic_pull"]
 PLACES = ("pyramid", "alignment", "1x1 layers")
 """Where gradients are compared: the maps P3 to P7, the S-head's alignment (micro-network and
 kernels), and its projections and predictors."""
+
+_S_HEAD = "detection losses of the S-head"
 
 
 class MimicPull(NamedTuple):
@@ -31,7 +35,8 @@ class MimicPull(NamedTuple):
     """Place -> norm of the gradient of the part of the (weighted) term that these boxes make up,
     divided by that of the S-head's detection losses."""
     agreement: Dict[str, float]
-    """Place -> cosine between these two gradients: negative where the term works against them."""
+    """Place -> cosine between these two gradients: negative where the term works against them, 0
+    without a gradient."""
 
 
 class _Recorder:
@@ -75,37 +80,43 @@ def mimic_pull(model: MimicDet, batched_inputs: List[Dict[str, Any]]) -> List[Mi
         model.mimic_loss = recorder.loss
         hook.remove()
     tensors = _tensors(model, [kept[name] for name in model.head_in_features])
-    reference = _gradients(losses["loss_s_cls"] + losses["loss_s_reg"], tensors)
-    return list(_pulls(recorder, recorder.gt_classes < model.num_classes, tensors, reference))
+    reference = losses["loss_s_cls"] + losses["loss_s_reg"]
+    return _pulls(recorder, recorder.gt_classes < model.num_classes, tensors, reference)
 
 
-def _pulls(recorder, is_object: Tensor, tensors, reference) -> Iterator[MimicPull]:
+def _pulls(recorder, is_object: Tensor, tensors, reference: Tensor) -> List[MimicPull]:
     loss = recorder.loss
-    sums: Dict[str, Dict[str, Tensor]] = {}
-    means: Dict[str, float] = {}
+    counts: Dict[str, int] = {}
+    distances: Dict[Tuple[str, str], float] = {}
+    losses: Dict[Any, Tensor] = {_S_HEAD: reference}
     for boxes, mask in (("objects", is_object), ("background", ~is_object)):
         rows = mask.nonzero().flatten()
-        share = len(rows) / max(len(mask), 1)
-        distances = loss.distances(
+        counts[boxes], share = len(rows), len(rows) / max(len(mask), 1)
+        found = loss.distances(
             recorder.student.rows(rows), recorder.teacher.rows(rows), [recorder.gt_classes[rows]]
         )
-        for term, weight in loss.weights(distances).items():
-            gradients = _gradients(share * weight * distances[term], tensors)
-            mean = distances[term].item() if len(rows) else math.nan
-            yield _pull(term, boxes, len(rows), mean, gradients, reference)
-            total = sums.get(term, dict.fromkeys(PLACES, 0))
-            sums[term] = {place: total[place] + gradients[place] for place in PLACES}
-            means[term] = means.get(term, 0.0) + share * distances[term].item()
-    for term, gradients in sums.items():
-        yield _pull(term, "all", len(is_object), means[term], gradients, reference)
-
-
-def _pull(term, boxes, count, distance, gradients, reference) -> MimicPull:
-    ratios = {p: (gradients[p].norm() / reference[p].norm()).item() for p in PLACES}
-    agreement = {
-        p: torch.cosine_similarity(gradients[p], reference[p], dim=0).item() for p in PLACES
-    }
-    return MimicPull(term, boxes, count, distance, ratios, agreement)
+        for term, weight in loss.weights(found).items():
+            distances[term, boxes] = found[term].item() if len(rows) else math.nan
+            losses[term, boxes] = share * weight * found[term]
+            # boxes of one kind make up their share of the whole
+            distances[term, "all"] = distances.get((term, "all"), 0) + share * found[term].item()
+            losses[term, "all"] = losses.get((term, "all"), 0) + losses[term, boxes]
+    counts["all"] = len(is_object)
+    gradients = compare_gradients(losses, tensors, _S_HEAD)
+    lengths = {place: max(of.norm, 1e-12) for place, of in gradients.pop(_S_HEAD).items()}
+    return [
+        MimicPull(
+            term,
+            boxes,
+            counts[boxes],
+            distances[term, boxes],
+            {place: of.norm / lengths[place] for place, of in found.items()},
+            {place: 0.0 if math.isnan(of.cosine) else of.cosine for place, of in found.items()},
+        )
+        for boxes in counts
+        for (term, of_boxes), found in gradients.items()
+        if of_boxes == boxes
+    ]
 
 
 def _tensors(model: MimicDet, levels: Sequence[Tensor]) -> Dict[str, List[Tensor]]:
@@ -116,16 +127,3 @@ def _tensors(model: MimicDet, levels: Sequence[Tensor]) -> Dict[str, List[Tensor
 
     pointwise = nn.ModuleList([head.projections, head.cls_score, head.bbox_pred])
     return dict(zip(PLACES, (list(levels), trained(head.align), trained(pointwise))))
-
-
-def _gradients(loss: Tensor, tensors: Dict[str, List[Tensor]]) -> Dict[str, Tensor]:
-    """Place -> one vector of the gradients of ``loss``, 0 where it does not depend on a tensor."""
-    flat = [x for group in tensors.values() for x in group]
-    found = torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True)
-    filled = iter(
-        [torch.zeros_like(x) if g is None else g for x, g in zip(flat, found, strict=True)]
-    )
-    return {
-        place: torch.cat([next(filled).flatten() for _ in group])
-        for place, group in tensors.items()
-    }
