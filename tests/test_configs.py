@@ -47,6 +47,19 @@ def _get(cfg, dotted):
     return functools.reduce(lambda node, key: (node or {}).get(key), dotted.split("."), cfg)
 
 
+@functools.lru_cache(maxsize=None)
+def _defaults():
+    return build_config()
+
+
+@functools.lru_cache(maxsize=None)
+def _loaded(path):
+    cfg = _defaults().clone()
+    cfg.defrost()
+    load_yaml_config(cfg, str(path))
+    return cfg
+
+
 _KEYS = {}
 
 
@@ -59,7 +72,7 @@ def _keys(cfg):
         with pytest.raises(ImportError, match="'DeformConv' is not available"):
             build_model(cfg)
         cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * 4  # all else can be built
-    node = cfg.MODEL.dump()
+    node = str(cfg.MODEL)
     if node not in _KEYS:
         model = build_model(cfg)
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
@@ -82,12 +95,19 @@ def test_there_are_configs():
     assert {f"{row}.yaml" for row in GFL_ROWS} <= names
 
 
+@pytest.fixture
+def no_random_weights(monkeypatch):
+    """Whatever is in memory instead: drawing numbers takes longer than all the rest."""
+    for name in ("uniform_", "normal_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, *args, **kwargs: tensor)
+
+
 @every_file
-def test_networks_and_distillers_can_be_built(path):
+def test_networks_and_distillers_can_be_built(path, no_random_weights):
     cfg = build_config(str(path))
+    wanted = teacher_wanted(cfg) or bool(cfg.KD.INIT_STUDENT.PREFIXES)
     keys = _keys(cfg)
     if cfg.KD.ENABLED:
-        wanted = teacher_wanted(cfg) or bool(cfg.KD.INIT_STUDENT.PREFIXES)
         distillers, schedules = build_distillers(cfg, keys, _teacher_keys(cfg) if wanted else {})
         assert len(distillers) == len(cfg.KD.DISTILLERS) and set(schedules) == set(distillers)
         # head transfer alone has no term
@@ -111,12 +131,7 @@ def test_files_say_only_what_differs(path):
     for key, value in _flatten(raw):
         assert not re.match(r"['\"]?(/|~|[A-Za-z]:\\)", str(value)), (key, value)
     if base:
-        below = build_config().clone()
-        below.defrost()
-        load_yaml_config(below, str(path.parent / base))
-        own = build_config().clone()
-        own.defrost()
-        load_yaml_config(own, str(path))
+        below, own = _loaded((path.parent / base).resolve()), _loaded(path)
         for key, _ in _flatten(raw):
             assert _get(own, key) != _get(below, key), f"{key} is what {base} says"
 

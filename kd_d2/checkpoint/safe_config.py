@@ -16,6 +16,8 @@ from kd_d2.checkpoint.safe_load import UNSAFE_KEY, MissingFileError
 __all__ = ["load_yaml_config", "merge_opts", "read_config_file", "unsafe_load_requested"]
 
 _BASE_KEY = "_BASE_"
+# The same loader in C, where PyYAML was built with it: ten times as fast.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _logger = logging.getLogger(__name__)
 
 
@@ -147,7 +149,7 @@ def _read_one(path: str, allow_unsafe: bool) -> Dict[str, Any]:
     with PathManager.open(path, "r") as file:
         text = file.read()
     try:
-        config = yaml.safe_load(text)
+        config = yaml.load(text, _LOADER)  # safe either way
     except yaml.constructor.ConstructorError as error:
         if not allow_unsafe:
             raise ValueError(_unsafe_tag(path, error)) from error
