@@ -28,7 +28,16 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from step_time import CLOCKS, environment, headline, interleaved, random_batch, span, spread
+from step_time import (
+    CLOCKS,
+    environment,
+    headline,
+    interleaved,
+    random_batch,
+    set_up_cpu,
+    span,
+    spread,
+)
 from torch import nn
 
 from kd_d2.analysis import deployed, flop_analysis
@@ -61,12 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    # Gradients through random weights of N(0, 0.01) become denormal numbers, with which a CPU takes
-    # several times as long (no GPU does, nor a network that has learnt something). Threads take the
-    # setting from the one that starts them, hence first of all.
-    torch.set_flush_denormal(True)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_up_cpu(args.threads)
     with short_errors():
         cfgs = {title(path): build_config(path, args.opts) for path in args.configs}
         models = {name: measured(cfg) for name, cfg in cfgs.items()}

@@ -20,6 +20,8 @@ def own_process_state(monkeypatch):
     yield
     reset_loggers()
     torch.set_num_threads(threads)
+    # set by benchmarks; other tests compare this process with fresh ones bit by bit
+    torch.set_flush_denormal(False)
 
 
 def reset_loggers() -> None:

@@ -39,6 +39,13 @@ def config_file(tmp_path):
     return write_gfl_pair(tmp_path, "CrossKD", **{"KD.CROSSKD.POSITION": 1})
 
 
+def test_denormal_numbers_are_zero_while_time_is_measured(step_time):
+    smallest = torch.tensor([1.2e-38])
+    assert (smallest / 4).item() > 0
+    step_time.set_up_cpu(threads=1)
+    assert (smallest / 4).item() == 0 and torch.get_num_threads() == 1
+
+
 def test_ratios_are_computed_per_round(step_time):
     """The second round ran at half the speed: its ratio is that of the first."""
     first = dict(zip(PARTS, (4.0, 2.0, 1.5, 0.5, 0.1, 6.6)))
